@@ -16,7 +16,8 @@ WITHOUT_MODEL = ("loader", "optim", "checkpoint", "distributed")
 
 def sources():
     """All Python files of the product: everything but tests and environments."""
-    return [path for folder in (".", "pretrain", "adapters", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    folders = (".", "pretrain", "adapters", "benchmarks")
+    return [path for folder in folders for path in (ROOT / folder).glob("*.py")]
 
 
 def imports(path):
