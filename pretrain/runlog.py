@@ -1,0 +1,153 @@
+"""metrics.jsonl, what a run leaves behind to look at: one writer, one reader, and the console's lines.
+
+    log = RunLog("checkpoints")
+    log.write("train", step=10, loss=9.72, learning_rate=3e-6)
+    read_log("checkpoints/metrics.jsonl")  # [{"event": "train", "time": 1760000000.0, "step": 10, ...}]
+
+One JSON object a line, appended, never rewritten. Events:
+    start    a process began or resumed here: every flag, the data, the device
+    train    one line per --log_interval: step, loss, learning_rate, grad_norm, tokens, tokens_per_second, ...
+    eval     train_loss, val_loss, perplexity, accuracy, HellaSwag where its data is at hand
+    stop     why a run ended: finished, signal, not finite
+`step` counts the updates made so far; `tokens` the tokens they were made from. A run that was killed repeats
+the steps after its last checkpoint, so a step can be in the file twice: `last_per_step` keeps the last.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "metrics.jsonl"
+
+
+class RunLog:
+    """Appends to `out_dir/metrics.jsonl`. A line goes out in one write, so a reader of a live run sees whole
+    lines. A full disk stops no run: lines wait in memory and go out with a later one."""
+
+    def __init__(self, out_dir: str | Path):
+        self.path = Path(out_dir) / FILE_NAME
+        self._pending = b""
+        self._waiting = False  # for room on the disk
+        if self.path.exists() and self.path.stat().st_size:
+            with open(self.path, "rb") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # a process was killed in the middle of a line: keep ours apart
+                    self._pending = b"\n"
+
+    def write(self, event: str, **values: Any) -> dict[str, Any]:
+        """Append {"event": event, "time": seconds since 1970, **values}; return it."""
+        record = {"event": event, "time": round(time.time(), 3), **values}
+        self._pending += json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                self._pending = self._pending[file.write(self._pending) :]
+            self._waiting = False
+        except OSError as error:
+            if not self._waiting:
+                self._waiting = True
+                print(f"warning: {self.path}: {error.strerror}; lines wait for room", file=sys.stderr)
+        return record
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """All records of a metrics.jsonl, in file order. Lines that a kill left unfinished are skipped."""
+    records = []
+    for line in Path(path).read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def last_per_step(records: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
+    """The records of one event, one per step and by step: of steps that were repeated, the last time."""
+    by_step = {record["step"]: record for record in records if record.get("event") == event}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+class Stopwatch:
+    """Seconds spent training: pause() before an evaluation or a save, resume() after it."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._t0: float | None = time.perf_counter()
+
+    def pause(self) -> None:
+        if self._t0 is not None:
+            self._seconds += time.perf_counter() - self._t0
+            self._t0 = None
+
+    def resume(self) -> None:
+        if self._t0 is None:
+            self._t0 = time.perf_counter()
+
+    def lap(self) -> float:
+        """Running seconds since the last lap (or the start); keeps running."""
+        self.pause()
+        seconds, self._seconds = self._seconds, 0.0
+        self.resume()
+        return seconds
+
+
+def train_line(record: dict[str, Any], max_iters: int) -> str:
+    """The console's line of a "train" record.
+
+    step   1000/600000 | loss  6.1234 | lr 3.00e-04 | norm   0.91 |   123,457 tok/s |    265.4 ms |  12.3 GB
+
+    with "mfu 41.2%" before the memory where the device's peak is known.
+    """
+    parts = [
+        _step(record, max_iters),
+        f"loss {record['loss']:7.4f}",
+        f"lr {record['learning_rate']:.2e}",
+        f"norm {record['grad_norm']:6.2f}",
+        f"{record['tokens_per_second']:9,.0f} tok/s",
+        f"{record['milliseconds_per_step']:8.1f} ms",
+    ]
+    if record.get("mfu") is not None:
+        parts.append(f"mfu {record['mfu']:5.1%}")
+    return " | ".join([*parts, f"{record['memory_bytes'] / 1e9:5.1f} GB"])
+
+
+def eval_line(record: dict[str, Any], max_iters: int) -> str:
+    """The console's line of an "eval" record.
+
+    step   2000/600000 | val loss  3.2912 | train loss  3.2544 | ppl    26.87 | accuracy 38.1%
+
+    with "hellaswag 29.5% (10042)", acc_norm and the number of examples, where there was one.
+    """
+    parts = [
+        _step(record, max_iters),
+        f"val loss {record['val_loss']:7.4f}",
+        f"train loss {record['train_loss']:7.4f}",
+        f"ppl {record['perplexity']:8.2f}",
+        f"accuracy {record['accuracy']:5.1%}",
+    ]
+    if record.get("hellaswag") is not None:
+        parts.append(f"hellaswag {record['hellaswag']['acc_norm']:5.1%} ({record['hellaswag']['n']})")
+    return " | ".join(parts)
+
+
+def _step(record: dict[str, Any], max_iters: int) -> str:
+    width = len(str(max_iters))
+    return f"step {record['step']:{width}d}/{max_iters}"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: nan and inf become the strings "nan" and "inf", everything unknown its str()."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value)
