@@ -1,7 +1,7 @@
 """What documents are read from: files, units of work, positions, batches.
 
-Plain data that is pickled to worker processes and written into manifests; nothing here touches a file or a network.
-`pretrain.documents` makes sources and reads them.
+Plain data that is pickled to worker processes and written into manifests; nothing here touches a file or the
+network. `pretrain.documents` makes sources and reads them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ class SourceError(RuntimeError):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long the network is waited for. A stall is noticed after `read_seconds`; a server that delivers nothing
-    for `give_up_seconds` ends the run. Only a server that asks for a longer pause itself (Retry-After) gets one, up
-    to `rate_limit_seconds` without a byte."""
+    """How long the network is waited for.
+
+    A stall is noticed after `read_seconds`. A server that delivers nothing for `give_up_seconds` ends the
+    run; only one that asks for a longer pause itself (Retry-After) gets it, up to `rate_limit_seconds`
+    without a byte.
+    """
 
     connect_seconds: float = 5.0
     read_seconds: float = 20.0
@@ -34,7 +37,8 @@ class Patience:
 
 @dataclass(frozen=True)
 class File:
-    """One file of a source. `path` is a local path or the path within the dataset's repository, then `url` is set."""
+    """One file of a source: on this machine, or on the Hub, then `url` is set and `path` is within its
+    repository."""
 
     path: str
     size: int  # bytes, as stored
@@ -42,17 +46,12 @@ class File:
     compression: str | None = None  # None, "gzip" or "zstd"
     url: str | None = None
 
-    @property
-    def splittable(self) -> bool:
-        """Whether a reader can start in the middle: everything except compressed text."""
-        return self.compression is None
-
 
 @dataclass(frozen=True)
 class Source:
-    """Files in document order. Picklable, without secrets: a worker finds the Hub's token by itself."""
+    """Files in document order. Picklable, and without secrets: a worker finds the Hub's token by itself."""
 
-    name: str  # how shards of it are called unless told otherwise, e.g. "fineweb-edu-sample-10BT"
+    name: str  # how its shards are called unless told otherwise, e.g. "fineweb-edu-sample-10BT"
     files: tuple[File, ...]
     text_column: str
     description: dict  # JSON, for the manifest: equal descriptions mean equal documents
@@ -61,16 +60,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of one file that one worker reads. The documents of all units in order are those of the source.
+    """A part of one file, for one worker. The documents of all units in order are those of the source.
 
-    parquet: row groups [start, stop). Plain jsonl and txt: the rows that begin in bytes [start, stop). Compressed
-    text: the whole file, [0, size).
+    parquet: row groups [start, stop). Plain jsonl and txt: the rows that begin in bytes [start, stop).
+    Compressed jsonl and txt: the whole file, [0, size).
     """
 
     file: int  # index in source.files
     start: int
     stop: int
-    first_row: int | None  # the file's row number of the unit's first row, None when nobody counted so far
+    first_row: int | None  # the file's row number of the unit's first row; None where nobody counted so far
     num_bytes: int  # stored bytes that hold the unit's text: what progress is measured in
 
 
@@ -78,9 +77,10 @@ class Unit:
 class Position:
     """Where the next token comes from: token `token` of the document in row `row` of file `file`.
 
-    Rows count from 0: rows of a parquet file, lines of a jsonl file (blank ones too), parts between separator lines of
-    a txt file. `offset` is the byte where the row begins in a plain jsonl or txt file, None elsewhere. `token` counts
-    the document's end-of-text as token 0 and may equal the number of its tokens (nothing of it is left).
+    Rows count from 0: rows of a parquet file, lines of a jsonl file (blank ones too), parts between the
+    separator lines of a txt file. `offset` is the byte where the row begins in a plain jsonl or txt file,
+    None elsewhere. `token` counts the document's end-of-text as token 0 and may equal the number of its
+    tokens: then nothing of the document is left.
     """
 
     file: int
@@ -98,11 +98,11 @@ class Position:
 
 @dataclass
 class Batch:
-    """Consecutive rows of a unit."""
+    """Consecutive rows of a unit: `kept` of its `num_rows` rows are documents."""
 
-    texts: pa.Array  # (kept,) string or large_string, no null, no empty text
-    rows: np.ndarray  # (kept,) int64, row numbers counted from the unit's first row
-    num_rows: int  # rows this batch consumed, skipped ones included
-    skipped: dict[str, int]  # documents left out: "empty" (null or empty text), "bad" (see on_bad_document)
-    token_count: int | None  # sum of the file's own token_count column over the kept rows, where it has one
+    texts: pa.Array  # (kept,) string or large_string: valid UTF-8, no null, no empty text
+    rows: np.ndarray  # (kept,) int64, counted from the unit's first row
+    num_rows: int  # rows that this batch consumed, with those that are left out
+    skipped: dict[str, np.ndarray]  # int64 rows left out: "empty" texts, "bad" ones (on_bad_document="skip")
+    token_counts: np.ndarray | None = None  # (kept,) int64, the file's own token_count column, where it has one
     offsets: np.ndarray | None = None  # (kept,) int64, byte where each row begins; plain jsonl and txt only

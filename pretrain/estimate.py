@@ -1,0 +1,73 @@
+"""How much a source holds, found out without reading it all: what is printed before a long run begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pretrain.documents import footer, open_file, plan_units, read_open_file
+from pretrain.source import File, Source
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SAMPLE_FILES = 64  # parquet files whose footers are read, if they are on this machine
+SAMPLE_BYTES = 1 << 20  # stored bytes that are tokenized of each kind of file
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    rows: int | None  # None where there are text files: their rows are counted nowhere
+    rows_exact: bool  # False: from some files' footers, scaled by file size
+    text_bytes: int  # stored bytes to be read: the text columns of parquet files, other files whole
+    tokens: int  # from the tokens in the first SAMPLE_BYTES of each kind of file, scaled by text_bytes
+
+
+def estimate(source: Source, count_tokens: Callable[[pa.Array], int]) -> Estimate:
+    """Reads the footers of up to SAMPLE_FILES parquet files (of one, on the Hub) and tokenizes a sample.
+
+    `count_tokens` gets an array of texts. Bad documents are passed over here: the run will report them.
+    """
+    by_kind: dict[tuple, list[File]] = {}
+    for file in source.files:
+        by_kind.setdefault((file.kind, file.compression), []).append(file)
+    rows, exact, text_bytes, tokens = 0, True, 0, 0.0
+    for (kind, _), files in by_kind.items():
+        stored = sum(file.size for file in files)
+        if kind == "parquet":
+            rows, stored, exact = _from_footers(source, files)
+        text_bytes += stored
+        part = dataclasses.replace(source, files=tuple(files))
+        tokens += stored * _tokens_per_byte(part, count_tokens)
+    only_parquet = all(kind == "parquet" for kind, _ in by_kind)
+    return Estimate(rows if only_parquet else None, exact, text_bytes, round(tokens))
+
+
+def _from_footers(source: Source, files: list[File]) -> tuple[int, int, bool]:
+    """(rows, stored bytes of the text column, whether they are exact) of parquet files."""
+    sample = files[:1] if files[0].url else files[:: -(-len(files) // SAMPLE_FILES)]
+    rows = stored = 0
+    for file in sample:
+        known = footer(file, source.text_column, source.patience)
+        groups = range(known.metadata.num_row_groups)
+        rows += known.metadata.num_rows
+        stored += sum(stop - start for start, stop in (known.ranges(group)[0] for group in groups))
+    scale = sum(file.size for file in files) / sum(file.size for file in sample)
+    return round(rows * scale), round(stored * scale), len(sample) == len(files)
+
+
+def _tokens_per_byte(source: Source, count_tokens: Callable[[pa.Array], int]) -> float:
+    """Tokens per stored byte of text at the beginning of the source."""
+    tokens = stored_bytes = 0
+    for unit in plan_units(source, unit_bytes=SAMPLE_BYTES):
+        compressed = source.files[unit.file].compression
+        with open_file(source.files[unit.file], source.patience) as stored:
+            for batch in read_open_file(source, unit, stored, skip_rows=0, report=lambda *_: None):
+                tokens += count_tokens(batch.texts)
+                if compressed:
+                    break  # one batch is enough: what it took is how far the file has been read
+            stored_bytes += stored.tell() if compressed else unit.num_bytes
+        if stored_bytes >= SAMPLE_BYTES // 2:
+            break
+    return tokens / max(1, stored_bytes)
