@@ -146,7 +146,11 @@ class ShardWriter:
         self.temporary = path.with_name(f"{path.name}.tmp")
         self.file = open(self.temporary, "w+b", buffering=0)  # noqa: SIM115  closed by close or abort
         self.sha256 = hashlib.sha256()
-        self._write(shard_header(tokens))
+        try:
+            self._write(shard_header(tokens))
+        except BaseException:
+            self.abort()
+            raise
 
     def _write(self, data) -> None:
         view = memoryview(data).cast("B")

@@ -1,0 +1,167 @@
+"""Packing: tokens in document order become shards, and the manifest says after each where the next begins."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.documents import Position
+from pretrain.pipeline import TokenBatch
+from pretrain.shards import Manifest, Shard, ShardWriter, shard_name
+
+
+class Packer:
+    """Cuts a stream of TokenBatch into the shards of a folder, from the manifest's position on.
+
+    `shard_size` is the number of tokens in a shard, the manifest's `val_tokens` that of shard 0; packing
+    stops after `max_tokens` (None: at the end of the documents). The shards depend on the tokens alone, never
+    on how they come in batches. Each finished shard is durable and in the manifest before the next begins.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        shard_size: int,
+        max_tokens: int | None = None,
+        on_shard: Callable[[Shard], None] | None = None,
+    ):
+        self.folder, self.manifest, self.shard_size, self.on_shard = folder, manifest, shard_size, on_shard
+        self.left = None if max_tokens is None else max_tokens - manifest.tokens  # tokens still wanted
+        self.position = Position.from_json(manifest.next) if manifest.next else Position(0, 0)
+        self.resumed = self.position.token  # tokens of the first document to come that are already in shards
+        self.writer: ShardWriter | None = None
+        self.unit, self.unit_row, self.next_row = None, 0, 0  # rows count from the beginning of the file
+        self._reset_counts()
+
+    @property
+    def done(self) -> bool:
+        """Whether max_tokens is reached: no further batch is wanted."""
+        return self.left == 0
+
+    @property
+    def tokens(self) -> int:
+        """All tokens so far, with those of the unfinished shard."""
+        return self.manifest.tokens + (self.writer.tokens if self.writer else 0)
+
+    @property
+    def only_validation(self) -> bool:
+        """Whether shard 0 is all there is so far."""
+        return self.tokens > 0 and len(self.manifest.shards) + (self.writer is not None) == 1
+
+    def add(self, batch: TokenBatch) -> None:
+        """Write a batch, finishing as many shards as it fills."""
+        first_row = self._first_row(batch)
+        ends = np.cumsum(batch.counts)
+        at, rows_seen = 0, -1  # what of the batch is in shards: tokens, rows up to this one
+        if self.resumed and len(ends):
+            at, self.resumed = self.resumed, 0
+            rows_seen = batch.rows[0]
+        while at < len(batch.tokens) and not self.done:
+            writer = self.writer or self._begin_shard()
+            stop = min(len(batch.tokens), at + writer.expected - writer.tokens)
+            writer.write(batch.tokens[at:stop])
+            self.documents += _count_between(ends - batch.counts, at, stop)
+            self._sum_token_count(batch, ends, at, stop)
+            last = int(np.searchsorted(ends, stop))  # the document that holds token stop - 1
+            offset = None if batch.offsets is None else int(batch.offsets[last])
+            token = int(stop - ends[last] + batch.counts[last])
+            self.position = Position(batch.unit.file, first_row + int(batch.rows[last]), token, offset)
+            at = stop
+            if writer.tokens == writer.expected:
+                self._count_skipped(batch, rows_seen, batch.rows[last])
+                rows_seen = batch.rows[last]
+                self._end_shard()
+        if not self.done:
+            self._count_skipped(batch, rows_seen, batch.next_row)
+
+    def finish(self) -> None:
+        """Nothing comes after: finish the last shard, however short, and mark the manifest complete.
+
+        There must have been a document.
+        """
+        if self.writer:
+            self._end_shard(complete=True)
+            return
+        last = self.manifest.shards[-1]
+        for reason, count in self.skipped.items():  # rows that were left out behind the last document
+            last.skipped[reason] = last.skipped.get(reason, 0) + count
+        self.manifest.complete = True
+        self.manifest.save(self.folder)
+
+    def abort(self) -> None:
+        """Drop the unfinished shard; the finished ones stay."""
+        if self.writer:
+            self.writer.abort()
+            self.writer = None
+
+    def _first_row(self, batch: TokenBatch) -> int:
+        """The file's row number of the unit's first row: counted here where the plan could not know it."""
+        if batch.unit != self.unit:
+            same_file = self.unit is not None and self.unit.file == batch.unit.file
+            counted = self.unit_row + self.next_row if same_file else 0
+            self.unit, self.unit_row = batch.unit, counted
+            if batch.unit.first_row is not None:
+                self.unit_row = batch.unit.first_row
+        self.next_row = batch.next_row
+        return self.unit_row
+
+    def _begin_shard(self) -> ShardWriter:
+        index = len(self.manifest.shards)
+        size = self.manifest.val_tokens if index == 0 else self.shard_size
+        size = size if self.left is None else min(size, self.left)
+        name = shard_name(self.manifest.name, "val" if index == 0 else "train", index)
+        self.first = self.position
+        self.writer = ShardWriter(self.folder / name, size)
+        return self.writer
+
+    def _end_shard(self, complete: bool = False) -> None:
+        writer, self.writer = self.writer, None
+        try:
+            digest = writer.close()
+        except BaseException:
+            writer.abort()
+            raise
+        split = "train" if self.manifest.shards else "val"
+        shard = Shard(
+            writer.path.name,
+            split,
+            writer.tokens,
+            self.documents,
+            digest,
+            self.first.to_json(),
+            dict(sorted(self.skipped.items())),
+            self.token_count,
+        )
+        self.manifest.shards.append(shard)
+        self.manifest.next = self.position.to_json()
+        if self.left is not None:
+            self.left -= writer.tokens
+        self.manifest.complete = complete or self.done
+        self.manifest.save(self.folder)
+        self._reset_counts()
+        if self.on_shard:
+            self.on_shard(shard)
+
+    def _reset_counts(self) -> None:
+        """What the manifest will say about the shard that begins: see Shard."""
+        self.documents, self.skipped = 0, {}
+        self.token_count: int | None = 0  # None once a document has no count
+
+    def _count_skipped(self, batch: TokenBatch, after: int, until: int) -> None:
+        for reason, rows in batch.skipped.items():
+            if count := _count_between(rows, after + 1, until):
+                self.skipped[reason] = self.skipped.get(reason, 0) + count
+
+    def _sum_token_count(self, batch: TokenBatch, ends: np.ndarray, at: int, stop: int) -> None:
+        if batch.token_counts is None:
+            self.token_count = None
+        elif self.token_count is not None:
+            ended = slice(*np.searchsorted(ends, [at + 1, stop + 1]))
+            self.token_count += int(batch.token_counts[ended].sum())
+
+
+def _count_between(sorted_values: np.ndarray, start: int, stop: int) -> int:
+    """How many of the values are in [start, stop)."""
+    return int(np.diff(np.searchsorted(sorted_values, [start, stop]))[0])
