@@ -1,0 +1,267 @@
+"""Export a checkpoint to a Hugging Face folder, import one, push one to the hub.
+
+    $ python -m adapters.huggingface export checkpoints/best_val_loss.pt my-gpt2
+    my-gpt2: 124.4M parameters, float32, 498 MB
+    $ python -m adapters.huggingface import gpt2-medium medium.pt   # then train_gpt2.py --init_from medium.pt
+    medium.pt: 354.8M parameters
+    $ python -m adapters.huggingface push my-gpt2 user/my-gpt2 --private       # after `hf auth login`
+    https://huggingface.co/user/my-gpt2
+
+The folder is what transformers itself writes for GPT-2: AutoModelForCausalLM, AutoTokenizer and
+pipeline("text-generation", model="my-gpt2") load it without a network.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters import require
+from adapters.hf_tokenizer import save_tokenizer
+from adapters.model_card import RECORD, model_card, training_record
+from pretrain.tokenizer import END_OF_TEXT, VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from model import GPT
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+FILES = (RECORD, CONFIG, "generation_config.json", WEIGHTS, *TOKENIZER)
+
+
+class HuggingFaceError(RuntimeError):
+    """What keeps an export, import or push from happening; one line for the user."""
+
+
+# ---- export
+
+
+def export(
+    model: "GPT",
+    out_dir: str | Path,
+    *,
+    record: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Write `model` with GPT-2's tokenizer to out_dir, where it appears when it is complete.
+
+    record: what training_record tells, for the model card. dtype: of the weights in the file. An existing
+    out_dir must be empty or an export; others need overwrite, which replaces the files that an export has and
+    leaves the rest alone. Raises HuggingFaceError, FrameworkMissing, OSError.
+    """
+    require("transformers", "safetensors")
+    out_dir = Path(out_dir)
+    if model.config.vocab_size < VOCAB_SIZE:
+        size = model.config.vocab_size
+        raise HuggingFaceError(f"the model knows {size} tokens, but GPT-2's tokenizer has {VOCAB_SIZE}")
+    if out_dir.exists() and not overwrite:
+        names = os.listdir(out_dir) if out_dir.is_dir() else [out_dir.name]
+        if names and RECORD not in names:
+            raise HuggingFaceError(f"{out_dir}: exists and is no export; choose another, or --overwrite")
+    temporary = out_dir.with_name(f".{out_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _write_json(temporary / RECORD, record or {"format": 1, "parameters": model.num_parameters()})
+        save_weights(model, temporary, dtype)
+        save_tokenizer(temporary, model.config.block_size)
+        if out_dir.exists():
+            for name in FILES:
+                os.replace(temporary / name, out_dir / name)
+        else:
+            os.rename(temporary, out_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_weights(model: "GPT", folder: Path, dtype: str) -> None:
+    """config.json, generation_config.json and model.safetensors, without ids that the tokenizer lacks."""
+    import torch
+    from safetensors.torch import save_file
+
+    c = model.config
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": VOCAB_SIZE,
+        "n_positions": c.block_size,
+        "n_embd": c.n_embd,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        "n_inner": None,  # 4 * n_embd
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "embd_pdrop": c.dropout,
+        "attn_pdrop": c.dropout,
+        "resid_pdrop": c.dropout,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "bos_token_id": END_OF_TEXT,
+        "eos_token_id": END_OF_TEXT,
+        "torch_dtype": dtype,
+    }
+    _write_json(folder / CONFIG, config)
+    tokens = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT}
+    _write_json(folder / "generation_config.json", tokens)
+    state = model.huggingface_state_dict()
+    del state["lm_head.weight"]  # the embedding again
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][:VOCAB_SIZE]
+    state = {key: value.to("cpu", getattr(torch, dtype)).contiguous() for key, value in state.items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # it was written for its owner alone
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+# ---- import
+
+
+def import_model(source: str, path: str | Path, *, overwrite: bool = False) -> "GPT":
+    """Save a GPT-2 of the hub or of a folder as a checkpoint that train_gpt2.py --init_from begins with.
+
+    Returns the model. Raises CheckpointError (of model.py, or of pretrain.checkpoint), HuggingFaceError.
+    """
+    require("safetensors")
+    from model import GPT
+    from pretrain import checkpoint
+
+    path = Path(path)
+    if path.suffix != ".pt":
+        raise HuggingFaceError(f"{path}: the name of a checkpoint ends with .pt")
+    if path.exists() and not overwrite:
+        raise HuggingFaceError(f"{path}: exists; choose another name, or --overwrite")
+    model = GPT.from_pretrained(source)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": checkpoint.FORMAT, "model": model.state_dict(), "model_config": asdict(model.config)}
+    checkpoint.save(path, {**content, "step": 0, "tokens": 0, "config": {}})
+    return model
+
+
+# ---- push
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
+    """Upload an export in one commit, with its README.md or, where it has none, a card made from its record.
+
+    The repository is created when it does not exist. The token is that of `hf auth login` or of HF_TOKEN.
+    Returns the repository's address. Raises HuggingFaceError.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    folder = Path(folder)
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise HuggingFaceError(f"{folder}: no {missing[0]} in it; make it with the export command")
+    if json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type") != "gpt2":
+        raise HuggingFaceError(f"{folder}: its {CONFIG} is not that of a GPT-2")
+    if "/" not in repo_id:
+        raise HuggingFaceError(f"{repo_id}: name the repository as user/name")
+    token = get_token()
+    if token is None:
+        raise HuggingFaceError("no access token; run `hf auth login`, or set HF_TOKEN")
+    contents: dict[str, Path | bytes] = {name: folder / name for name in FILES if (folder / name).is_file()}
+    readme = folder / "README.md"
+    contents["README.md"] = readme if readme.is_file() else model_card(folder, repo_id).encode()
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+    api = HfApi(token=token)
+    try:
+        validate_repo_id(repo_id)
+        address = _repository(api, repo_id, private)
+        api.create_commit(repo_id, operations, commit_message="Upload model and card")
+    except HuggingFaceError:
+        raise
+    except Exception as error:  # whatever the hub's client meets, in its words but for the token
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise HuggingFaceError(f"{repo_id}: not uploaded: {words.replace(token, '<token>')}") from None
+    return address
+
+
+def _repository(api: "HfApi", repo_id: str, private: bool) -> str:
+    """The address of the repository, created if need be; a public one is not taken for a private one."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        found = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        return str(api.create_repo(repo_id, private=private or None))
+    if private and not found.private:
+        raise HuggingFaceError(f"{repo_id}: exists and is public; make it private, or leave out --private")
+    return f"{api.endpoint}/{repo_id}"
+
+
+# ---- command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    # fmt: off
+    parser = argparse.ArgumentParser(prog="python -m adapters.huggingface",
+                                     description="GPT-2 to and from Hugging Face's format and hub.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = commands.add_parser("export", help="a checkpoint to a folder that transformers loads").add_argument
+    add("checkpoint", type=Path, help="a .pt file of train_gpt2.py, or a GPT-2 folder such as Trainer writes")
+    add("out_dir", type=Path, help="a new or empty folder, or an earlier export, which is replaced")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+        help="of the weights (default: float32)")
+    add("--overwrite", action="store_true", help="write into any other folder too; the rest of it stays")
+    add = commands.add_parser("import", help="a GPT-2 of the hub or of a folder to a checkpoint").add_argument
+    add("source", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, user/name, or a folder")
+    add("checkpoint", type=Path, help="file to write, for train_gpt2.py --init_from")
+    add("--overwrite", action="store_true", help="replace the file if it exists")
+    about = ("Upload an export with a model card made from its run; a README.md in the folder takes the "
+             "card's place. The access token is that of `hf auth login`, or of HF_TOKEN.")
+    add = commands.add_parser("push", help="an exported folder to the hub", description=about).add_argument
+    add("out_dir", type=Path, help="the exported folder")
+    add("repository", metavar="user/name", help="created if it does not exist; files it has are replaced")
+    add("--private", action="store_true", help="create it private; refused where it exists and is public")
+    # fmt: on
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.command == "push":
+        print(push(args.out_dir, args.repository, private=args.private))
+    elif args.command == "import":
+        model = import_model(args.source, args.checkpoint, overwrite=args.overwrite)
+        print(f"{args.checkpoint}: {model.num_parameters() / 1e6:.1f}M parameters")
+        if model.config.vocab_size < VOCAB_SIZE:
+            size = model.config.vocab_size
+            print(f"note: it knows {size} tokens; its tokenizer is not GPT-2's, which makes the shards")
+    else:
+        from model import GPT, load_checkpoint
+
+        if args.checkpoint.is_dir():
+            model, checkpoint = GPT.from_pretrained(args.checkpoint), {}
+        else:
+            model, checkpoint = load_checkpoint(args.checkpoint)
+        record = training_record(model, checkpoint, args.checkpoint)
+        export(model, args.out_dir, record=record, dtype=args.dtype, overwrite=args.overwrite)
+        size = f"{model.num_parameters() / 1e6:.1f}M parameters, {args.dtype}"
+        print(f"{args.out_dir}: {size}, {(args.out_dir / WEIGHTS).stat().st_size / 1e6:.0f} MB")
+        if (padding := model.config.vocab_size - VOCAB_SIZE) > 0:
+            print(f"left out: {padding} token ids that GPT-2's tokenizer does not have")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        run(args)
+    except (RuntimeError, OSError, ValueError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"{args.command}: {line}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
