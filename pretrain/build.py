@@ -75,7 +75,7 @@ class Progress:
         """A shard is finished and durable."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Work:
     """How a build is done: nothing here changes the shards."""
 
@@ -129,7 +129,7 @@ def build_shards(
     name = name or source.name
     folder.mkdir(parents=True, exist_ok=True)
     with _folder_lock(folder):
-        manifest, batches = Manifest.load(folder), None
+        manifest, total, batches = Manifest.load(folder), None, None
         if manifest:
             _remove_leftovers(folder, manifest)
         else:
@@ -140,23 +140,23 @@ def build_shards(
         else:
             if expected_tokens is None:
                 expected_tokens = estimate(source, work.count_tokens).tokens
-            manifest, batches = _begin(source, name, settings, work, expected_tokens)
+            manifest, total, batches = _begin(source, name, settings, work, expected_tokens)
             manifest.save(folder)  # before any shard: what a crash leaves over is then known to be ours
         if not manifest.complete:
-            _pack(source, folder, settings, work, manifest=manifest, batches=batches)
+            _pack(source, folder, settings, work, manifest=manifest, total=total, batches=batches)
     return manifest
 
 
 def _begin(
     source: Source, name: str, settings: Settings, work: Work, expected_tokens: int
-) -> tuple[Manifest, list[TokenBatch] | None]:
-    """The manifest of a new folder; and the source's tokens, if they had to be counted and fit in memory."""
+) -> tuple[Manifest, int | None, list[TokenBatch] | None]:
+    """The manifest of a new folder; where tokens must be counted, their number, and they if not too many."""
     tokenizer = {"name": TOKENIZER_NAME, "vocabulary_sha256": VOCABULARY_SHA256, "end_of_text": END_OF_TEXT}
     manifest = Manifest(name, source.description, settings.given(), tokenizer, val_tokens=0)
     share = settings.validation_share(expected_tokens)
     if not share:
         manifest.val_tokens = settings.val_tokens or settings.shard_size
-        return manifest, None
+        return manifest, None, None
     total, kept = 0, []
     for batch in work.batches("counting", source, manifest):
         total += len(batch.tokens)
@@ -168,7 +168,7 @@ def _begin(
             total = settings.max_tokens
             break
     manifest.val_tokens = _share_of(total, share)
-    return manifest, kept
+    return manifest, total, kept
 
 
 def _share_of(total: int, share: float) -> int:
@@ -182,9 +182,10 @@ def _pack(
     work: Work,
     *,
     manifest: Manifest,
-    batches: Iterable[TokenBatch] | None,
+    total: int | None = None,
+    batches: Iterable[TokenBatch] | None = None,
 ) -> None:
-    """Write what the manifest lacks. `batches`: the source's tokens, where they are at hand."""
+    """Write what the manifest lacks. `total`, `batches`: the source's tokens, where they are known."""
     if batches is None:
         batches = work.batches("writing", source, manifest)
     packer = Packer(
@@ -192,6 +193,7 @@ def _pack(
         manifest,
         shard_size=settings.shard_size,
         max_tokens=settings.max_tokens,
+        total_tokens=total,
         on_shard=work.progress.shard,
     )
     try:
@@ -206,7 +208,7 @@ def _pack(
             manifest.shards, manifest.next = [], None
             packer.abort()
             manifest.save(folder)
-            _pack(source, folder, settings, work, manifest=manifest, batches=None)
+            _pack(source, folder, settings, work, manifest=manifest)
         else:
             packer.finish()
     finally:

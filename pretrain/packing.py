@@ -16,6 +16,7 @@ class Packer:
     `shard_size` is the number of tokens in a shard, the manifest's `val_tokens` that of shard 0; packing
     stops after `max_tokens` (None: at the end of the documents). The shards depend on the tokens alone, never
     on how they come in batches. Each finished shard is durable and in the manifest before the next begins.
+    `total_tokens`, where known, lets the last shard have the right header from the start.
     """
 
     def __init__(
@@ -25,10 +26,11 @@ class Packer:
         *,
         shard_size: int,
         max_tokens: int | None = None,
+        total_tokens: int | None = None,
         on_shard: Callable[[Shard], None] | None = None,
     ):
         self.folder, self.manifest, self.shard_size, self.on_shard = folder, manifest, shard_size, on_shard
-        self.left = None if max_tokens is None else max_tokens - manifest.tokens  # tokens still wanted
+        self.max_tokens, self.total_tokens = max_tokens, total_tokens
         self.position = Position.from_json(manifest.next) if manifest.next else Position(0, 0)
         self.resumed = self.position.token  # tokens of the first document to come that are already in shards
         self.writer: ShardWriter | None = None
@@ -38,7 +40,7 @@ class Packer:
     @property
     def done(self) -> bool:
         """Whether max_tokens is reached: no further batch is wanted."""
-        return self.left == 0
+        return self.manifest.tokens == self.max_tokens
 
     @property
     def tokens(self) -> int:
@@ -86,7 +88,7 @@ class Packer:
             return
         last = self.manifest.shards[-1]
         for reason, count in self.skipped.items():  # rows that were left out behind the last document
-            last.skipped[reason] = last.skipped.get(reason, 0) + count
+            last.skipped = dict(sorted({**last.skipped, reason: last.skipped.get(reason, 0) + count}.items()))
         self.manifest.complete = True
         self.manifest.save(self.folder)
 
@@ -110,7 +112,8 @@ class Packer:
     def _begin_shard(self) -> ShardWriter:
         index = len(self.manifest.shards)
         size = self.manifest.val_tokens if index == 0 else self.shard_size
-        size = size if self.left is None else min(size, self.left)
+        for end in (self.max_tokens, self.total_tokens):
+            size = size if end is None else min(size, end - self.manifest.tokens)
         name = shard_name(self.manifest.name, "val" if index == 0 else "train", index)
         self.first = self.position
         self.writer = ShardWriter(self.folder / name, size)
@@ -136,8 +139,6 @@ class Packer:
         )
         self.manifest.shards.append(shard)
         self.manifest.next = self.position.to_json()
-        if self.left is not None:
-            self.left -= writer.tokens
         self.manifest.complete = complete or self.done
         self.manifest.save(self.folder)
         self._reset_counts()
@@ -147,7 +148,7 @@ class Packer:
     def _reset_counts(self) -> None:
         """What the manifest will say about the shard that begins: see Shard."""
         self.documents, self.skipped = 0, {}
-        self.token_count: int | None = 0  # None once a document has no count
+        self.token_count: dict[str, int] | None = None
 
     def _count_skipped(self, batch: TokenBatch, after: int, until: int) -> None:
         for reason, rows in batch.skipped.items():
@@ -155,11 +156,11 @@ class Packer:
                 self.skipped[reason] = self.skipped.get(reason, 0) + count
 
     def _sum_token_count(self, batch: TokenBatch, ends: np.ndarray, at: int, stop: int) -> None:
-        if batch.token_counts is None:
-            self.token_count = None
-        elif self.token_count is not None:
+        if batch.token_counts is not None:
             ended = slice(*np.searchsorted(ends, [at + 1, stop + 1]))
-            self.token_count += int(batch.token_counts[ended].sum())
+            sums = self.token_count = self.token_count or {"source": 0, "written": 0}
+            sums["source"] += int(batch.token_counts[ended].sum())
+            sums["written"] += int((batch.counts[ended] - 1).sum())  # the column is without end-of-text
 
 
 def _count_between(sorted_values: np.ndarray, start: int, stop: int) -> int:

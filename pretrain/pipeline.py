@@ -52,7 +52,7 @@ class TokenBatch:
 def tokenize_unit(
     task: Task, source: Source, tokenizer: Tokenizer, on_bad_document: str
 ) -> Iterator[TokenBatch]:
-    """Read and tokenize one unit. Raises SourceError, also where gigatoken is found to differ from tiktoken."""
+    """Read and tokenize one unit. Raises SourceError, also where gigatoken and tiktoken differ."""
     unit, skip_rows = task
     # Which documents are checked against tiktoken must not need the count of those before the unit. A start
     # that differs by unit gives each document the same chance; the very first document is always checked.
@@ -238,8 +238,8 @@ class _Worker:
         except (EOFError, OSError):
             self.process.join(5)
             raise SourceError(
-                f"worker process {self.process.pid} died (exit code {self.process.exitcode}; -9 is often a lack "
-                "of memory, and --num_proc 1 needs the least); the same command continues"
+                f"worker process {self.process.pid} died (exit code {self.process.exitcode}; -9 often is a "
+                "lack of memory, and --num_proc 1 needs the least); the same command continues"
             ) from None
         if reply.error:
             raise reply.error

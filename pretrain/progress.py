@@ -1,0 +1,81 @@
+"""How a build of shards goes on, for people: one bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+
+from pretrain.estimate import Estimate
+from pretrain.pipeline import TokenBatch
+from pretrain.shards import Manifest, Shard
+
+LINE_SECONDS = 15  # between lines where there is no terminal
+
+
+def rounded(number: float) -> str:
+    """Three digits of a large number: 41,300,000."""
+    return f"{float(f'{number:.3g}'):,.0f}"
+
+
+def in_bytes(number: float) -> str:
+    """Three digits and a decimal unit: 950 B, 12.3 kB, 20.6 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
+class ConsoleProgress:
+    """A pretrain.build.Progress that shows tokens, tokens/s, MB/s of text, the shard, and the time left."""
+
+    def __init__(self, expected: Estimate, max_tokens: int | None):
+        self.expected, self.max_tokens, self.bar = expected, max_tokens, None
+
+    def begin(self, what: str, manifest: Manifest) -> None:
+        from tqdm import tqdm
+
+        self.close()
+        self.what, self.before, self.shards = what, manifest.tokens, len(manifest.shards)
+        self.tokens = self.text_bytes = self.stored_bytes = 0  # of this pass
+        self.unit, self.t0 = None, time.perf_counter()
+        self.line_at = self.t0 + LINE_SECONDS
+        self.bar = tqdm(
+            desc=what,
+            total=self.total_tokens(),
+            initial=self.before,
+            unit="tok",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def batch(self, batch: TokenBatch) -> None:
+        if batch.unit != self.unit:
+            self.unit = batch.unit
+            self.stored_bytes += batch.unit.num_bytes
+        self.tokens += len(batch.tokens)
+        self.text_bytes += batch.text_bytes
+        seconds = max(1e-6, time.perf_counter() - self.t0)
+        state = f"{self.text_bytes / seconds / 1e6:.0f} MB/s, shard {self.shards}"
+        self.bar.total = self.total_tokens()
+        self.bar.set_postfix_str(state, refresh=False)
+        self.bar.update(len(batch.tokens))
+        if self.bar.disable and self.t0 + seconds > self.line_at:
+            self.line_at += LINE_SECONDS
+            done, rate = self.before + self.tokens, self.tokens / seconds
+            minutes = max(0, self.bar.total - done) / rate / 60
+            of = f"{done:,} of about {rounded(self.bar.total)} tokens"
+            print(f"{self.what}: {of}, {rounded(rate)} tokens/s, {state}, {minutes:.1f} min left", flush=True)
+
+    def total_tokens(self) -> int:
+        """All tokens there will be: first the estimate, then from the stored bytes per token so far."""
+        tokens = self.expected.tokens
+        if self.tokens > 1_000_000:
+            tokens = self.expected.text_bytes * self.tokens / max(1, self.stored_bytes)
+        return int(min(max(tokens, self.before + self.tokens), self.max_tokens or tokens))
+
+    def shard(self, shard: Shard) -> None:
+        self.shards += 1
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

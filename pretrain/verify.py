@@ -1,0 +1,141 @@
+"""Verify a folder of shards: every file against the manifest, samples against the documents they came from.
+
+findings = verify_folder(Path("data/input"))
+findings.problems       # [] or one line for each shard that is damaged
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.build import refuse_changes
+from pretrain.documents import (
+    Patience,
+    Position,
+    Source,
+    SourceError,
+    hub_source,
+    local_source,
+    plan_units,
+    read_unit,
+)
+from pretrain.shards import MANIFEST, NAME_PATTERN, Manifest, Shard, ShardError, open_shard, verify_shard
+from pretrain.tokenizer import END_OF_TEXT, Tokenizer
+
+SAMPLED_SHARDS = 20  # are compared with the source, at their beginnings
+SAMPLED_BYTES = 100_000  # of text at each of these places, or one document
+UNIT_BYTES = 1 << 20  # read of a plain text file for that
+PATIENCE = Patience(give_up_seconds=20, rate_limit_seconds=20)  # without the Hub most can be verified
+
+
+@dataclass
+class Findings:
+    """problems: a line for each damaged shard or contradiction. notes: what was not looked at, and why."""
+
+    shards: int = 0
+    tokens: int = 0
+    compared: int = 0  # documents, with what their shard has
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def verify_folder(folder: Path) -> Findings:
+    """Read all shards of a folder through. Raises ShardError when it has none, or an unreadable manifest."""
+    manifest = Manifest.load(folder)
+    files = sorted(path.name for path in folder.glob("*.npy") if NAME_PATTERN.fullmatch(path.name))
+    listed: list[tuple[str, Shard | None]] = [(name, None) for name in files]
+    findings = Findings()
+    if manifest:
+        listed = [(shard.file, shard) for shard in manifest.shards]
+        _check_manifest(manifest, files, findings)
+    else:
+        findings.notes.append(f"no {MANIFEST}: hashes, counts and documents could not be checked")
+    if not listed:
+        raise ShardError(f"{folder}: no shards here to verify")
+    findings.shards = len(listed)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs without the interpreter's lock
+        results = list(pool.map(lambda entry: _verify(folder / entry[0], entry[1]), listed))
+    findings.problems += [result for result in results if isinstance(result, str)]
+    findings.tokens = sum(result for result in results if isinstance(result, int))
+    if manifest and not findings.problems:
+        _compare_with_source(folder, manifest, findings)
+    return findings
+
+
+def _verify(path: Path, shard: Shard | None) -> int | str:
+    """The shard's tokens, or what is wrong with it."""
+    try:
+        verify_shard(path, shard)
+        return len(open_shard(path))
+    except ShardError as error:
+        return str(error)
+
+
+def _check_manifest(manifest: Manifest, files: list[str], findings: Findings) -> None:
+    sizes = [manifest.val_tokens] + [manifest.settings["shard_size"]] * (len(manifest.shards) - 1)
+    for index, (shard, size) in enumerate(zip(manifest.shards, sizes, strict=False)):
+        last = index + 1 == len(manifest.shards)
+        if int(NAME_PATTERN.fullmatch(shard.file)["index"]) != index:
+            findings.problems.append(f"{MANIFEST}: {shard.file} stands in place {index}")
+        if shard.tokens > size or (shard.tokens < size and not (last and manifest.complete)):
+            findings.problems.append(f"{MANIFEST}: {shard.file} has {shard.tokens:,} tokens, not {size:,}")
+    if not manifest.complete:
+        findings.notes.append("the folder is not finished: the command that began it continues")
+    if others := sorted(set(files) - {shard.file for shard in manifest.shards}):
+        findings.notes.append(f"not in {MANIFEST}, so not used: {', '.join(others)}")
+
+
+# ---- the documents
+
+
+def _compare_with_source(folder: Path, manifest: Manifest, findings: Findings) -> None:
+    try:
+        source = reopen_source(manifest, PATIENCE)
+        refuse_changes(folder, manifest, source)
+        count = min(SAMPLED_SHARDS, len(manifest.shards))
+        for index in sorted({round(i) for i in np.linspace(0, len(manifest.shards) - 1, count)}):
+            shard = manifest.shards[index]
+            compared, difference = _compare_beginning(source, shard, open_shard(folder / shard.file))
+            findings.compared += compared
+            if difference:
+                findings.problems.append(f"{folder / shard.file}: {difference}")
+    except (SourceError, ValueError) as error:
+        findings.notes.append(f"not compared with the documents: {error}")
+
+
+def reopen_source(manifest: Manifest, patience: Patience | None = None) -> Source:
+    """The source that the manifest describes. Raises SourceError where it is not at hand."""
+    there = manifest.source
+    if there["kind"] == "local":
+        return local_source([file["path"] for file in there["files"]], text_column=there["text_column"])
+    return hub_source(
+        there["dataset"],
+        name=there["config"],
+        split=there["split"],
+        revision=there["commit"],
+        text_column=there["text_column"],
+        patience=patience,
+    )
+
+
+def _compare_beginning(source: Source, shard: Shard, tokens: np.ndarray) -> tuple[int, str | None]:
+    """Encode the documents with which a shard begins anew: (how many, what differs)."""
+    start = Position.from_json(shard.first)
+    tokenizer = Tokenizer("tiktoken")
+    drop, at, count, read = start.token, 0, 0, 0
+    for i, unit in enumerate(plan_units(source, unit_bytes=UNIT_BYTES, resume=start)):
+        skip_rows = start.row - unit.first_row if i == 0 and unit.file == start.file else 0
+        for batch in read_unit(source, unit, skip_rows=skip_rows, on_bad_document="skip"):
+            for text in batch.texts:
+                text = text.as_py()
+                ids = np.array([END_OF_TEXT, *tokenizer.encode(text)], np.uint16)[drop:]
+                ids = ids[: len(tokens) - at]
+                if not np.array_equal(ids, tokens[at : at + len(ids)]):
+                    return count, f"tokens {at:,} to {at + len(ids):,} are not those of their document"
+                drop, at, count, read = 0, at + len(ids), count + 1, read + len(text)
+                if at == len(tokens) or read >= SAMPLED_BYTES:
+                    return count, None
+    return count, None if at == len(tokens) else "has more tokens than the documents from its position on"
