@@ -1,0 +1,365 @@
+import base64
+import io
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain import drawing, report
+from pretrain.page import duration, key_figures
+from pretrain.plots import plots
+from pretrain.runs import Run, RunError, smooth, smoothing_window
+
+ROOT = Path(__file__).parent.parent
+T0 = 1_700_000_000.0  # seconds since 1970
+
+
+def healthy_run(points=200, *, interval=10, noise=0.05, seed=0, evals=10):
+    """Records of a run as it should be: loss a noisy power law, a warm-up, a gradient norm that settles."""
+    rng = np.random.default_rng(seed)
+    last = points * interval
+    trend = lambda step: 2.7 + 8.2 * (1 + step / (0.01 * last)) ** -0.6  # noqa: E731
+    records = [{"event": "start", "time": T0, "step": 0, "flags": {"max_iters": last, "grad_clip": 1.0}}]
+    for i in range(1, points + 1):
+        step, part = i * interval, i / points
+        rate = 6e-4 * min(1, part / 0.05) * (0.55 + 0.45 * math.cos(math.pi * part))
+        values = {
+            "loss": trend(step) + noise * rng.standard_normal(),
+            "learning_rate": rate,
+            "grad_norm": (0.4 + 6 * math.exp(-part / 0.03)) * math.exp(0.2 * rng.standard_normal()),
+            "tokens": step * 1024,
+            "tokens_per_second": 5e4 * (1 + 0.03 * rng.standard_normal()),
+            "milliseconds_per_step": 20.0,
+            "mfu": 0.4,
+            "memory_bytes": 10**9,
+        }
+        records.append({"event": "train", "time": T0 + i, "step": step, **values})
+        if evals and step % (last // evals) == 0:
+            val = trend(step) + 0.03 + 0.004 * rng.standard_normal()
+            values = {"val_loss": val, "train_loss": trend(step), "perplexity": math.exp(val)}
+            records.append({"event": "eval", "time": T0 + i + 0.5, "step": step, "accuracy": 0.3, **values})
+    return records
+
+
+def of(records, event):
+    return [record for record in records if record["event"] == event]
+
+
+def write_run(folder, records, **config):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory):
+    """A run with everything in it, HTML in every text among it, and its page."""
+    records = healthy_run()
+    for i, record in enumerate(of(records, "eval")):
+        record["hellaswag"] = {"style": "completion", "acc_norm": 0.25 + 0.004 * i, "acc": 0.25, "n": 10042}
+        text = f"Once & again <script>alert({i})</script> the mill\nturned."
+        records.append({"event": "sample", "step": record["step"], "prompt": "Once &", "text": text})
+    records.append({"event": "stop", "time": T0 + 300, "step": 2000, "reason": "finished"})
+    folder = tmp_path_factory.mktemp("runs") / "<img src=x onerror=alert(1)>"
+    write_run(folder, records, flags={"data_dir": "<b>data</b>", "max_iters": 2000, "grad_clip": 1.0})
+    assert report.main([str(folder)]) == 0
+    return folder
+
+
+class Elements(HTMLParser):
+    """Every element with its attributes, and whether what was opened was closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.text = [], [], ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in {"meta", "link", "img", "source"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_holds_all_its_pictures_and_names_nothing_outside(full_run):
+    page = Elements((full_run / "report.html").read_text())
+    assert page.open == []
+    images = [attrs["src"] for tag, attrs in page.elements if tag == "img"]
+    assert len(images) == 9
+    for tag, attrs in page.elements:
+        assert tag not in {"script", "iframe", "object", "embed"}
+        for name in ("src", "srcset", "href"):
+            assert attrs.get(name, "data:").startswith("data:"), (tag, name)
+    for image in images:
+        svg = base64.b64decode(image.removeprefix("data:image/svg+xml;base64,")).decode()
+        references = re.findall(r'(?:href|src)="([^"]*)"|url\(([^)]*)\)', svg)
+        assert all((a or b).startswith("#") for a, b in references), "an SVG refers to itself alone"
+
+
+def test_what_comes_from_the_log_is_text_and_never_markup(full_run):
+    text = (full_run / "report.html").read_text()
+    assert "<script" not in text and "<b>data</b>" not in text and "<img src=x" not in text
+    page = Elements(text)
+    assert page.text.count("<script>alert(9)</script>") == 2, "in the sample and in the line above it"
+    assert "<b>data</b>" in page.text and "<img src=x onerror=alert(1)>" in page.text
+    assert "default-src 'none'" in text
+
+
+def test_every_curve_is_a_png_beside_the_page(full_run):
+    names = {path.name for path in full_run.glob("report-*.png")}
+    kinds = ["loss", "loss-tokens", "perplexity", "accuracy", "learning-rate", "gradient-norm", "throughput"]
+    assert names == {f"report-{kind}.png" for kind in [*kinds, "mfu", "hellaswag-completion"]}
+    for name in names:
+        with Image.open(full_run / name) as image:
+            assert image.size == (1080, 680)
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 20, "more than an empty axis"
+
+
+def test_headings_figures_samples_and_settings_are_on_the_page(full_run):
+    text = Elements((full_run / "report.html").read_text()).text
+    for heading in ("What looks wrong", "Curves", "Samples", "Configuration", "HellaSwag, completion style"):
+        assert heading in text
+    val = [record["val_loss"] for record in of(healthy_run(), "eval")]
+    assert f"{min(val):.4f}" in text and f"{math.exp(min(val)):.2f}" in text
+    assert "finished" in text and "28.60 %" in text and "2.05M" in text
+    assert "data_dir" in text
+
+
+def test_the_same_log_gives_the_same_page(full_run, tmp_path):
+    assert report.main([str(full_run), "--output", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_bytes() == (full_run / "report.html").read_bytes()
+    assert (tmp_path / "again-loss.png").read_bytes() == (full_run / "report-loss.png").read_bytes()
+
+
+def test_the_curves_show_the_logs_numbers(full_run):
+    axes = {plot.name: plot.figure.axes[0] for plot in plots([Run.load(full_run)])}
+    train, evals = of(healthy_run(), "train"), of(healthy_run(), "eval")
+    raw, smoothed, val = axes["loss"].lines
+    assert raw.get_xdata().tolist() == [record["step"] for record in train]
+    assert raw.get_ydata().tolist() == [record["loss"] for record in train]
+    assert np.std(np.diff(smoothed.get_ydata()[50:])) < np.std(np.diff(raw.get_ydata()[50:])) / 3
+    assert val.get_ydata().tolist() == [record["val_loss"] for record in evals]
+    by_tokens = axes["loss-tokens"].lines
+    assert by_tokens[0].get_xdata().tolist() == [record["tokens"] for record in train]
+    assert by_tokens[2].get_xdata().tolist() == [record["step"] * 1024 for record in evals]
+    expected = pytest.approx([record["perplexity"] for record in evals])
+    assert axes["perplexity"].lines[0].get_ydata() == expected
+    for name, field in (("learning-rate", "learning_rate"), ("gradient-norm", "grad_norm")):
+        assert axes[name].lines[0].get_ydata().tolist() == [record[field] for record in train]
+    assert set(axes["mfu"].lines[0].get_ydata()) == {40.0}
+
+
+def test_hellaswag_is_drawn_with_the_published_values_of_its_style(tmp_path):
+    records = healthy_run()
+    for record in of(records, "eval"):
+        record["hellaswag"] = {
+            "completion": {"acc_norm": 0.27, "acc_norm_stderr": 0.01, "n": 500},
+            "lm-eval": {"acc_norm": 0.28, "n": 500},
+        }
+    found = {plot.name: plot for plot in plots([Run.load(write_run(tmp_path, records))])}
+    expected = {"completion": (29.55, 48.93, 27.0), "lm-eval": (31.14, 50.89, 28.0)}
+    for style, (small, large, ours) in expected.items():
+        plot = found[f"hellaswag-{style}"]
+        heights = {round(float(line.get_ydata()[0]), 2) for line in plot.figure.axes[0].lines}
+        assert heights == {small, large, ours, 25.0}
+        assert "500 examples" in plot.caption and "10,042" in plot.caption
+
+
+def test_several_runs_lie_over_each_other(tmp_path, capsys):
+    first = write_run(tmp_path / "a" / "$x_1$", healthy_run(60, seed=1), learning_rate=6e-4, seed=7)
+    second = write_run(tmp_path / "b" / "_second", healthy_run(90, seed=2), learning_rate=3e-4, seed=7)
+    third = write_run(tmp_path / "c" / "_second", healthy_run(5, seed=3, evals=5), learning_rate=3e-4, seed=7)
+    folders = [first, second, third]
+    output = tmp_path / "new" / "compare.html"
+    assert report.main([*map(str, folders), "--output", str(output)]) == 0
+    assert str(output) in capsys.readouterr().out and (output.parent / "compare-loss.png").exists()
+    text = Elements(output.read_text()).text
+    assert "$x_1$" in text and str(second) in text and str(third) in text, "equal names get their paths"
+    (differs,) = re.findall(r'<tr class="differs">.*?</tr>', output.read_text())
+    assert "learning_rate" in differs and "0.0006" in differs and "0.0003" in differs
+    runs = [Run.load(folder) for folder in folders]
+    loss = plots(runs)[0].figure
+    xs = [line.get_xdata().tolist() for line in loss.axes[0].lines]
+    assert all(run.steps.tolist() in xs for run in runs)
+    assert len({line.get_color() for line in loss.axes[0].lines}) == 3
+    names = [entry.get_text().strip() for entry in loss.legends[0].get_texts()]
+    assert names == [run.name for run in runs] + ["training", "validation"]
+
+
+@pytest.mark.parametrize("records", [1, 2])
+def test_a_run_that_has_just_begun_has_a_page(tmp_path, records):
+    folder = write_run(tmp_path / "run", healthy_run(evals=0)[:records])
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'{"event": "train", "step": 99')  # being written
+    assert report.main([str(folder)]) == 0
+    text = Elements((folder / "report.html").read_text()).text
+    assert "max_iters" in text, "without config.json the settings come from the log"
+    assert ("Nothing to draw yet" in text) == (records == 1)
+
+
+def test_unknown_events_fields_and_broken_values_are_passed_over(tmp_path):
+    records = healthy_run(60)
+    records[5:5] = [
+        {"event": "weather", "step": "many", "sun": [1, 2]},
+        {"event": "train"},
+        {"event": "train", "step": None, "loss": 1.0},
+        {"event": "train", "step": 15, "loss": None, "grad_norm": "?", "tokens": {}, "learning_rate": True},
+        {"event": "eval", "step": 15, "val_loss": [3], "hellaswag": 7},
+        {"event": "eval", "step": 16, "hellaswag": {"acc_norm": "nan"}},
+        {"event": "sample", "step": 15, "texts": ["one", 2], "prompt": None},
+        {"no": "event"},
+    ]
+    folder = write_run(tmp_path / "run", records)
+    (folder / "config.json").write_text('{"flags": {"max_')
+    assert report.main([str(folder)]) == 0
+    run = Run.load(folder)
+    assert np.isfinite(run.loss).sum() == 60
+    assert "one" in Elements((folder / "report.html").read_text()).text
+
+
+def test_steps_that_a_kill_undid_are_left_out(tmp_path):
+    first = healthy_run(100, seed=1, evals=0)
+    resumed = {"event": "start", "time": T0 + 5000, "step": 600}
+    again = [record for record in healthy_run(100, seed=2, evals=0) if record.get("step", 0) > 600]
+    again = [{**record, "time": record["time"] + 5000 - 60} for record in again]
+    records = [*first[:90], resumed, *again[:10]]  # killed at step 890, resumed from 600, now at 700
+    run = Run.load(write_run(tmp_path, records))
+    expected = {record["step"]: record["loss"] for record in first[1:61]}
+    expected |= {record["step"]: record["loss"] for record in again[:10]}
+    assert dict(zip(run.steps.tolist(), run.loss.tolist(), strict=True)) == expected
+    assert run.last_step == 700 and run.resumed_at == [600.0]
+    assert run.seconds_running == pytest.approx(89 + 10), "not the hour in between"
+
+
+def test_repeated_steps_without_a_start_between_keep_the_last_time(tmp_path):
+    losses = ((1, 9), (2, 8), (2, 8.5), (3, 7))
+    records = [{"event": "train", "step": step, "loss": loss} for step, loss in losses]
+    assert Run.load(write_run(tmp_path, records)).loss.tolist() == [9, 8.5, 7]
+
+
+def test_how_a_run_stands_is_said_on_the_page(tmp_path):
+    going = Run.load(write_run(tmp_path, healthy_run()))
+    end = going.records[-1]["time"]
+    assert going.status(now=end + 60) == "still going"
+    assert going.status(now=end + 7 * 86400) == "interrupted: the log breaks off"
+    start = {"event": "start", "time": end + 100, "step": 1000}
+    resumed = Run.load(write_run(tmp_path, [*healthy_run(), start]))
+    assert resumed.status(now=end + 101) == "still going (resumed once)"
+    assert "resumed at step 1,000" in [figure.note for figure in key_figures(resumed)]
+    stopped = [{"event": "stop", "time": end + 200, "step": 1010, "reason": "signal 15"}]
+    run = Run.load(write_run(tmp_path, [*healthy_run(), start, start, *stopped]))
+    assert run.status() == "stopped by signal 15 (resumed 2 times)"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "no metrics.jsonl there"), (b"", "no readable line"), (b'{"event": "tr', "no readable line")],
+)
+def test_a_folder_without_a_log_is_one_clear_line(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    assert report.main([str(tmp_path), str(tmp_path / "missing")]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {tmp_path}") and message in first
+    assert "missing: no such folder" in second, "all problems at once"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_place_that_cannot_be_written_to_is_one_clear_line(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", healthy_run(5))
+    (tmp_path / "file").write_text("")
+    assert report.main([str(folder), "--output", str(tmp_path / "file" / "page.html")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "--output" in line
+
+
+def test_the_command_needs_no_display_and_no_torch(tmp_path):
+    folder = write_run(tmp_path / "run", healthy_run(30))
+    code = (
+        "import sys; from pretrain import report; code = report.main(sys.argv[1:]);"
+        "sys.exit(code or 'torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    )
+    env = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "MPLBACKEND": "TkAgg"}
+    command = [sys.executable, "-c", code, str(folder / "metrics.jsonl")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (folder / "report.html").exists()
+
+
+def test_the_help_loads_no_plotting_library():
+    code = "import sys, pretrain.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_users_matplotlib_settings_change_nothing_and_stay(tmp_path):
+    run = Run.load(write_run(tmp_path, healthy_run(30)))
+    plain = drawing.to_svg(plots([run])[0])
+    with matplotlib.rc_context({"lines.linewidth": 9.0, "font.size": 30.0, "text.usetex": True}):
+        assert drawing.to_svg(plots([run])[0]) == plain
+        assert matplotlib.rcParams["lines.linewidth"] == 9.0
+
+
+def test_a_dark_page_gets_the_same_picture_in_light_ink(full_run):
+    svg = drawing.to_svg(plots([Run.load(full_run)])[0])
+    dark = drawing.darkened(svg)
+    assert drawing.INK in svg and drawing.INK not in dark and drawing.COLORS[0] in dark
+
+
+def test_a_thinned_curve_keeps_its_spikes():
+    rng = np.random.default_rng(5)
+    x, y = np.arange(60_000.0), rng.standard_normal(60_000)
+    y[[17, 31_234, 59_999]] = 50.0, -40.0, 30.0
+    thin_x, thin_y = drawing.thin(x, y)
+    assert len(thin_x) <= drawing.POINTS and (np.diff(thin_x) > 0).all()
+    assert {50.0, -40.0, 30.0} <= set(thin_y)
+    assert (y[thin_x.astype(int)] == thin_y).all()
+
+
+@pytest.mark.parametrize("n", [0, 1, 19, 20, 333])
+def test_smoothing_is_the_median_of_neighbours(n):
+    values = np.random.default_rng(n).standard_normal(n)
+    values[7:8] = np.nan
+    known = [value for value in values if not math.isnan(value)]
+    half, medians = smoothing_window(n) // 2, []
+    for i in range(len(known)):
+        left = min(half, i)
+        medians.append(statistics.median(known[i - left : i + left + 1]))
+    expected = [math.nan if math.isnan(value) else medians.pop(0) for value in values]
+    assert smooth(values) == pytest.approx(np.array(expected), nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (18_720, "5 h 12 min"), (4 * 19 * 3600, "3 d 4 h")],
+)
+def test_durations_read_as_people_say_them(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_run_errors_are_for_users(tmp_path):
+    with pytest.raises(RunError, match="no such folder"):
+        Run.load(tmp_path / "nothing")
+
+
+def test_png_and_svg_are_what_they_say(full_run):
+    plot = plots([Run.load(full_run)])[0]
+    assert Image.open(io.BytesIO(drawing.to_png(plot))).format == "PNG"
+    assert "<!--" not in drawing.to_svg(plot), "comments would hold the labels"
