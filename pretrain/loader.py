@@ -1,0 +1,278 @@
+"""From a step number to this rank's batch of tokens, straight out of memory-mapped shards.
+
+    loader = ShardLoader(paths, batch_size=8, block_size=1024, accumulation_steps=5, rank=0, world_size=8)
+    x, y = loader.batch(1000)                  # int64 (5, 8, 1024) each; y is x one token later
+    for x, y in loader.prefetch(1000): ...     # the same from step 1000 on, read ahead by a thread
+
+The shards lie end to end as one stream of tokens. Window i is the block_size + 1 tokens from i * stride on; a
+window may begin in one shard and end in the next, so nothing depends on where shards were cut. Windows are
+numbered through all epochs: step s uses the positions [s * global_batch, (s + 1) * global_batch), and
+position p is window p mod windows_per_epoch in the order of epoch p // windows_per_epoch. That is all there
+is: no state, hence nothing to save, and any world size that divides the global batch trains on the same
+sequences.
+
+Order of an epoch: the stream, rotated by a random offset, is cut into chunks of 2,048 windows (4 MiB at 1,024
+tokens), 32 chunks drawn at random make a pool, and the windows of a pool are shuffled among themselves. So a
+disk sees long sequential reads, the next pool is read ahead while this one is used, and a batch still mixes
+32 places of the data set. Fewer than 65,536 windows are one pool, that is, shuffled evenly.
+"""
+
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.shards import NAME_PATTERN, Manifest, ShardError, open_shard, verify_shard
+
+CHUNK_WINDOWS = 2048
+POOL_CHUNKS = 32
+VERIFIED_BYTES = 2 * 10**9  # data sets up to this size are hashed whenever a run starts: a second per GB
+READ_AHEAD_TOKENS = 2**19  # the prefetching thread makes at least this many tokens at a time: 4 MiB of int64
+
+
+class TokenWindows:
+    """The windows of some shards, numbered from 0: len(windows), windows.read(numbers)."""
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        block_size: int,
+        stride: int | None = None,
+        vocab_size: int = 2**16,
+    ):
+        """stride: tokens between the starts of neighbours, default block_size (no target is used twice).
+
+        Raises ShardError for a shard whose header is wrong, or when all shards together hold no window.
+        """
+        self.paths = [Path(path) for path in paths]
+        self.block_size, self.stride, self.vocab_size = block_size, stride or block_size, vocab_size
+        self.ends = np.cumsum([len(open_shard(path)) for path in self.paths], dtype=np.int64)
+        self.num_tokens = int(self.ends[-1]) if self.paths else 0
+        self._open = lru_cache(maxsize=256)(self._map)  # a map holds a file descriptor
+        if self.num_tokens <= block_size:
+            where = self.paths[0].parent if self.paths else "no shards"
+            raise ShardError(f"{where}: {self.num_tokens} tokens; a window takes {block_size} and one more")
+
+    def __len__(self) -> int:
+        return (self.num_tokens - 1 - self.block_size) // self.stride + 1
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        """uint16 (len(numbers), block_size + 1). Raises ShardError naming the shard of an id >=
+        vocab_size."""
+        starts = numbers * self.stride
+        shards = np.searchsorted(self.ends, starts, side="right")
+        offsets = starts - np.append(0, self.ends)[shards]
+        tokens = np.empty((len(numbers), self.block_size + 1), dtype=np.uint16)
+        # Byte views: a slice assignment between memoryviews costs a quarter of one between arrays.
+        out, size, row = memoryview(tokens.reshape(-1)).cast("B"), 2 * (self.block_size + 1), 0
+        for shard, offset in zip(shards.tolist(), (2 * offsets).tolist(), strict=True):
+            part = self._open(shard)[offset : offset + size]
+            while len(part) < size:  # the window goes on in the next shard
+                shard += 1
+                part = bytes(part) + bytes(self._open(shard)[: size - len(part)])
+            out[row : row + size] = part
+            row += size
+        if tokens.max(initial=0) >= self.vocab_size:
+            self._report_bad_id(tokens, starts)
+        return tokens
+
+    def read_ahead(self, first: int, last: int) -> None:
+        """Ask the system to have the tokens of windows first..last (inclusive) in memory soon; returns at
+        once."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        start, stop = first * self.stride, last * self.stride + self.block_size + 1
+        for shard in range(np.searchsorted(self.ends, start, side="right"), len(self.paths)):
+            begin, end = int(self.ends[shard - 1]) if shard else 0, int(self.ends[shard])
+            if begin >= stop:
+                break
+            with open(self.paths[shard], "rb") as file:
+                header = os.fstat(file.fileno()).st_size - 2 * (end - begin)
+                offset = header + 2 * (max(start, begin) - begin)
+                length = 2 * (min(stop, end) - max(start, begin))
+                os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+
+    def _map(self, shard: int) -> memoryview:
+        return memoryview(open_shard(self.paths[shard])).cast("B")
+
+    def _report_bad_id(self, tokens: np.ndarray, starts: np.ndarray) -> None:
+        row, column = np.argwhere(tokens >= self.vocab_size)[0]
+        position = starts[row] + column
+        shard = int(np.searchsorted(self.ends, position, side="right"))
+        offset = position - (self.ends[shard - 1] if shard else 0)
+        raise ShardError(
+            f"{self.paths[shard]}: token {offset} is {tokens[row, column]}, but ids are below"
+            f" {self.vocab_size}; check the shard with fineweb.py --verify"
+        )
+
+
+class ShardLoader:
+    """This rank's share of every step's batch. See the top of the file for the order of windows."""
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        batch_size: int,
+        block_size: int,
+        accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 1337,
+        shuffle: bool = True,
+        stride: int | None = None,
+        vocab_size: int = 2**16,
+        pin_memory: bool = False,
+    ):
+        """batch_size: sequences per rank and micro-step. pin_memory: batches in page-locked memory, from
+        which a GPU copies while it computes. shuffle=False: file order, every epoch. Raises ShardError like
+        TokenWindows."""
+        self.windows = TokenWindows(paths, block_size=block_size, stride=stride, vocab_size=vocab_size)
+        self.shape = (accumulation_steps, batch_size, block_size + 1)
+        self.global_batch = accumulation_steps * batch_size * world_size  # sequences per step
+        self.seed, self.shuffle, self.pin_memory = seed, shuffle, pin_memory
+        micro_steps = np.arange(accumulation_steps) * world_size + rank
+        self._share = (micro_steps[:, None] * batch_size + np.arange(batch_size)).reshape(-1)
+        self._pool_ahead: tuple[int, int] | None = None
+        self._epoch = lru_cache(maxsize=2)(self._epoch)
+        self._pool = lru_cache(maxsize=4)(self._pool)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return len(self.windows)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.windows) / self.global_batch
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """x and y, int64 (accumulation_steps, batch_size, block_size); views of one tensor. Depends on
+        nothing but the arguments of the constructor and the step. Raises ShardError when a token id is not
+        below vocab_size."""
+        tokens = self._tokens(step, 1)[0]
+        return tokens[..., :-1], tokens[..., 1:]
+
+    def prefetch(
+        self, step: int = 0, *, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """batch(step), batch(step + 1), ... without end, on the device, made ahead by a thread. Close the
+        iterator (contextlib.closing) to end the thread. What goes wrong in the thread is raised here."""
+        steps = max(1, READ_AHEAD_TOKENS // (self._share.size * self.shape[-1]))  # made at a time
+        made: queue.Queue = queue.Queue(maxsize=2)
+        closed = threading.Event()
+
+        def work(step: int) -> None:
+            try:
+                self._read_pool_ahead(step * self.global_batch)
+                while not closed.is_set():
+                    self._read_pool_ahead(step * self.global_batch + CHUNK_WINDOWS * POOL_CHUNKS)
+                    put(self._tokens(step, steps))
+                    step += steps
+            except BaseException as error:
+                put(error)
+
+        def put(item: Tensor | BaseException) -> None:
+            while not closed.is_set():
+                try:
+                    return made.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        thread = threading.Thread(target=work, args=(step,), name="loader", daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = made.get()
+                if isinstance(item, BaseException):
+                    raise item
+                tokens = item.to(device, non_blocking=True)
+                yield from zip(tokens[..., :-1].unbind(), tokens[..., 1:].unbind(), strict=True)
+        finally:
+            closed.set()
+            thread.join()
+
+    def order(self, positions: np.ndarray) -> np.ndarray:
+        """Window numbers at these positions (int64, any order), counted through all epochs from 0."""
+        epochs, places = np.divmod(positions, len(self.windows))
+        if not self.shuffle:
+            return places
+        windows = np.empty_like(places)
+        pool_windows = CHUNK_WINDOWS * POOL_CHUNKS
+        pools_per_epoch = -(-len(self.windows) // pool_windows)
+        pools = epochs * pools_per_epoch + places // pool_windows
+        for number in np.unique(pools).tolist():
+            here = pools == number
+            windows[here] = self._pool(*divmod(number, pools_per_epoch))[places[here] % pool_windows]
+        return windows
+
+    def _tokens(self, step: int, steps: int) -> Tensor:
+        """int64 (steps, *self.shape)."""
+        positions = (np.arange(step, step + steps)[:, None] * self.global_batch + self._share).reshape(-1)
+        tokens = self.windows.read(self.order(positions)).reshape(steps, *self.shape)
+        if not self.pin_memory:
+            return torch.from_numpy(tokens.astype(np.int64))
+        pinned = torch.empty(tokens.shape, dtype=torch.int64, pin_memory=True)
+        np.copyto(pinned.numpy(), tokens)
+        return pinned
+
+    def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+        """How far the epoch's windows are rotated, and its chunks in order, the one that is not full at the
+        end."""
+        num_windows = len(self.windows)
+        random = _random_bits((self.seed, epoch), -(-num_windows // CHUNK_WINDOWS) + 1)
+        full = num_windows // CHUNK_WINDOWS
+        chunks = np.append(np.argsort(random[1 : full + 1], kind="stable"), np.arange(full, len(random) - 1))
+        return int(random[0] % np.uint64(num_windows)), chunks
+
+    def _chunks(self, epoch: int, pool: int) -> tuple[int, np.ndarray]:
+        rotation, chunks = self._epoch(epoch)
+        return rotation, chunks[pool * POOL_CHUNKS : (pool + 1) * POOL_CHUNKS]
+
+    def _pool(self, epoch: int, pool: int) -> np.ndarray:
+        """The pool's window numbers in the order in which they are used."""
+        rotation, chunks = self._chunks(epoch, pool)
+        windows = (chunks[:, None] * CHUNK_WINDOWS + np.arange(CHUNK_WINDOWS)).reshape(-1)
+        windows = windows[windows < len(self.windows)]
+        order = np.argsort(_random_bits((self.seed, epoch, pool), len(windows)), kind="stable")
+        return (windows[order] + rotation) % len(self.windows)
+
+    def _read_pool_ahead(self, position: int) -> None:
+        """Have the pool that holds this position read into memory; once."""
+        epoch, place = divmod(position, len(self.windows))
+        pool = place // (CHUNK_WINDOWS * POOL_CHUNKS)
+        if not self.shuffle or (epoch, pool) == self._pool_ahead:
+            return  # a sequential reader needs no help
+        self._pool_ahead = (epoch, pool)
+        rotation, chunks = self._chunks(epoch, pool)
+        for chunk in chunks.tolist():
+            first = (chunk * CHUNK_WINDOWS + rotation) % len(self.windows)
+            self.windows.read_ahead(first, min(first + CHUNK_WINDOWS, len(self.windows)) - 1)
+
+
+def verify_data(data_dir: str | Path, wanted: bool | None, rank: int = 0, world_size: int = 1) -> None:
+    """Read through this rank's share of a folder's shards. Raises ShardError for the first that is damaged.
+
+    wanted: True, False, or None for folders of up to VERIFIED_BYTES. Manifests give the hashes to compare;
+    without one only headers and ids are checked.
+    """
+    manifest = Manifest.load(data_dir)
+    expected = {shard.file: shard for shard in manifest.shards} if manifest else {}
+    paths = [path for path in sorted(Path(data_dir).glob("*.npy")) if NAME_PATTERN.fullmatch(path.name)]
+    paths = [path for path in paths if not manifest or path.name in expected]
+    if wanted is None:
+        wanted = sum(path.stat().st_size for path in paths) <= VERIFIED_BYTES
+    for path in paths[rank::world_size] if wanted else ():
+        verify_shard(path, expected.get(path.name))
+
+
+def _random_bits(key: tuple[int, ...], count: int) -> np.ndarray:
+    """uint64 (count,). Raw bits and a stable sort: unlike Generator.permutation these are promised to stay
+    the same from one NumPy to the next (NEP 19), so an order lasts as long as its checkpoints."""
+    return np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)
