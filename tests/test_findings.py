@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from test_report import T0, healthy_run, of, write_run
 
-from pretrain import findings
-from pretrain.findings import find, noise
-from pretrain.runs import Run
+from pretrain.report import findings
+from pretrain.report.findings import find, noise
+from pretrain.report.runs import Run
+from pretrain.report.spikes import RECENT, WINDOW, find_spikes
 from pretrain.settings import build_parser
-from pretrain.spikes import RECENT, WINDOW, find_spikes
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"fineweb", "train_gpt2", "hellaswag", "sample"}
 FRAMEWORKS = {"lightning", "pytorch_lightning", "accelerate", "transformers"}
-TORCH_FREE = ("tokenizer", "documents", "hub", "shards", "pipeline", "schedule", "runlog")
+TORCH_FREE = ("tokenizer", "documents", "shards", "schedule", "runlog", "build", "verify", "report")
 WITHOUT_MODEL = ("loader", "optim", "checkpoint", "distributed")
 
 

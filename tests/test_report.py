@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain import drawing, report
-from pretrain.page import duration
-from pretrain.plots import plots
-from pretrain.runs import Run
+from pretrain.report import __main__ as report
+from pretrain.report import drawing
+from pretrain.report.page import duration
+from pretrain.report.plots import plots
+from pretrain.report.runs import Run
 
 ROOT = Path(__file__).parent.parent
 T0 = 1_700_000_000.0  # seconds since 1970
@@ -259,7 +260,7 @@ def test_a_place_that_cannot_be_written_to_is_one_clear_line(tmp_path, capsys):
 def test_the_command_needs_no_display_and_no_torch(tmp_path):
     folder = write_run(tmp_path / "run", healthy_run(30))
     code = (
-        "import sys; from pretrain import report; code = report.main(sys.argv[1:]);"
+        "import sys; from pretrain.report import __main__ as report; code = report.main(sys.argv[1:]);"
         "sys.exit(code or 'torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     )
     env = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "MPLBACKEND": "TkAgg"}
@@ -270,7 +271,7 @@ def test_the_command_needs_no_display_and_no_torch(tmp_path):
 
 
 def test_the_help_loads_no_plotting_library():
-    code = "import sys, pretrain.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, pretrain.report.__main__; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

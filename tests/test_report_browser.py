@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from test_report import healthy_run, write_run
 
-from pretrain import report
-from pretrain.drawing import COLORS
+from pretrain.report import __main__ as report
+from pretrain.report.drawing import COLORS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from test_report import T0, healthy_run, write_run
 
-from pretrain.page import key_figures
-from pretrain.runs import Run, RunError, smooth, smoothing_window
+from pretrain.report.page import key_figures
+from pretrain.report.runs import Run, RunError, smooth, smoothing_window
 
 
 def test_steps_that_a_kill_undid_are_left_out(tmp_path):

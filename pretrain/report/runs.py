@@ -1,4 +1,4 @@
-"""A run as its log tells it: what pretrain.report draws and pretrain.findings judges.
+"""A run as its log tells it: what the page draws and findings judges.
 
     run = Run.load("checkpoints")
     run.steps, run.loss  # float64 arrays, one entry per logged step, nan where a line lacks the number

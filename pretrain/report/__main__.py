@@ -12,11 +12,11 @@ import os
 import sys
 from pathlib import Path
 
-from pretrain.drawing import to_png
-from pretrain.findings import Finding, find
-from pretrain.page import html_page
-from pretrain.plots import plots
-from pretrain.runs import Run, RunError
+from pretrain.report.drawing import to_png
+from pretrain.report.findings import Finding, find
+from pretrain.report.page import html_page
+from pretrain.report.plots import plots
+from pretrain.report.runs import Run, RunError
 
 
 def main(argv: list[str] | None = None) -> int:

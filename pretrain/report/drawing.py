@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pretrain.runs import Run, smooth, smoothing_window
+from pretrain.report.runs import Run, smooth, smoothing_window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pretrain.drawing import (
+from pretrain.report.drawing import (
     INK,
     Plot,
     curve,
@@ -25,7 +25,7 @@ from pretrain.drawing import (
     run_colors,
     style,
 )
-from pretrain.runs import Run, column, hellaswag_results, number, smooth, smoothing_window
+from pretrain.report.runs import Run, column, hellaswag_results, number, smooth, smoothing_window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

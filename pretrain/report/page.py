@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pretrain.drawing import COLORS, Plot, compact_number, darkened, to_svg
-from pretrain.findings import MIN_POINTS, Finding
-from pretrain.plots import HELLASWAG_EXAMPLES
-from pretrain.runs import Record, Run, column, hellaswag_results, number, smooth
+from pretrain.report.drawing import COLORS, Plot, compact_number, darkened, to_svg
+from pretrain.report.findings import MIN_POINTS, Finding
+from pretrain.report.plots import HELLASWAG_EXAMPLES
+from pretrain.report.runs import Record, Run, column, hellaswag_results, number, smooth
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script runs, nothing is loaded
 SAMPLED_STEPS = 12  # that the page shows samples of, first and last among them

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.runs import Run, column, smooth
-from pretrain.spikes import find_spikes, first_index_back
+from pretrain.report.runs import Run, column, smooth
+from pretrain.report.spikes import find_spikes, first_index_back
 
 MIN_POINTS = 40  # logged steps below which nothing is said about trends
 
