@@ -13,9 +13,12 @@ One JSON object a line, appended, never rewritten. Events:
 the steps after its last checkpoint, so a step can be in the file twice: `last_per_step` keeps the last.
 """
 
+import importlib.metadata
 import json
 import math
 import os
+import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,11 +31,13 @@ class RunLog:
     """Appends to `out_dir/metrics.jsonl`. A line goes out in one write, so a reader of a live run sees whole
     lines. A full disk stops no run: lines wait in memory and go out with a later one."""
 
-    def __init__(self, out_dir: str | Path):
+    def __init__(self, out_dir: str | Path, *, enabled: bool = True):
+        """enabled=False writes nothing: for all ranks but the first."""
+        self.enabled = enabled
         self.path = Path(out_dir) / FILE_NAME
         self._pending = b""
         self._waiting = False  # for room on the disk
-        if self.path.exists() and self.path.stat().st_size:
+        if enabled and self.path.exists() and self.path.stat().st_size:
             with open(self.path, "rb") as file:
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":  # a process was killed in the middle of a line: keep ours apart
@@ -41,6 +46,8 @@ class RunLog:
     def write(self, event: str, **values: Any) -> dict[str, Any]:
         """Append {"event": event, "time": seconds since 1970, **values}; return it."""
         record = {"event": event, "time": round(time.time(), 3), **values}
+        if not self.enabled:
+            return record
         self._pending += json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
         try:
             with open(self.path, "ab", buffering=0) as file:
@@ -94,6 +101,67 @@ class Stopwatch:
         seconds, self._seconds = self._seconds, 0.0
         self.resume()
         return seconds
+
+
+def provenance() -> dict[str, Any]:
+    """What a run was made with: versions, the commit of this program and whether files differ from it."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+
+    def git(*words: str) -> str | None:
+        try:
+            command = ["git", "-C", str(Path(__file__).parent), *words]
+            return subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None  # not a checkout, or no git
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"versions": versions, "git_revision": git("rev-parse", "HEAD"), "git_changed": bool(changed)}
+
+
+def start_block(setup: dict[str, Any], origin: str) -> str:
+    """What a run is about to do, from the values of its "start" record; `origin` says where it begins."""
+    flags, model = setup["flags"], setup["model_config"]
+    block_size, epochs = setup["run"]["block_size"], flags["max_iters"] / setup["steps_per_epoch"]
+    windows = setup["evaluated_windows"]
+    evaluated = "none"
+    if windows:
+        evaluated = ", ".join(f"{count:,} windows of {split}" for split, count in windows.items())
+        evaluated += f" every {flags['eval_interval']:,} updates"
+    peak = (
+        f"peak {setup['peak_flops'] / 1e12:,.0f} TFLOP/s" if setup["peak_flops"] else "peak unknown: no MFU"
+    )
+    return "\n".join(
+        [
+            f"model       {setup['parameters'] / 1e6:,.1f}M parameters: {model['n_layer']} layers,"
+            f" {model['n_head']} heads, width {model['n_embd']}, context {block_size}",
+            f"data        {flags['data_dir']}: {setup['train_tokens']:,} tokens in"
+            f" {setup['train_shards']} shards",
+            f"batch       {setup['tokens_per_step']:,} tokens: {flags['batch_size']} sequences x {block_size}"
+            f" x {setup['micro_steps']} micro-steps x {setup['processes']} processes",
+            f"schedule    {flags['max_iters']:,} updates: {setup['max_tokens']:,} tokens, {epochs:.2f} epochs;"
+            f" the last at learning rate {setup['last_learning_rate']:.1e}",
+            f"evaluation  {evaluated}",
+            f"device      {setup['device']}, {setup['dtype']}{', compiled' * setup['compiled']}, {peak}",
+            f"output      {flags['out_dir']}: {origin}",
+        ]
+    )
+
+
+def scores_block(scores: dict[str, dict[str, float]]) -> str:
+    """An evaluation that stands alone: {"val": {"loss", "accuracy", "tokens"}, ...} as a small table."""
+    lines = [
+        f"{split:5s}  loss {part['loss']:.4f}  perplexity {math.exp(part['loss']):.2f}"
+        f"  token accuracy {part['accuracy']:.2%}  ({part['tokens']:,} tokens)"
+        for split, part in scores.items()
+    ]
+    return "\n".join(lines)
 
 
 def train_line(record: dict[str, Any], max_iters: int) -> str:

@@ -1,0 +1,293 @@
+"""Ranks, devices, and stopping together. Two real processes over gloo run two_ranks.main once; the tests of
+the second half look at what they wrote."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain import distributed
+from pretrain.distributed import Ranks, peak_flops, pick_device, pick_dtype, seed_dropout
+from pretrain.stopping import FiniteGuard, NotFinite, StopSignal
+
+ROOT = Path(__file__).parent.parent
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
+        ("NVIDIA A100 80GB PCIe", torch.float32, 156),
+        ("NVIDIA A10", torch.bfloat16, 125),
+        ("NVIDIA A10G", torch.bfloat16, 70),
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756),
+        ("NVIDIA H200", torch.bfloat16, 989),
+        ("NVIDIA L4", torch.bfloat16, 121),
+        ("NVIDIA L40S", torch.float16, 362),
+        ("NVIDIA B200", torch.bfloat16, 2250),
+        ("Tesla V100-SXM2-16GB", torch.float16, 125),
+        ("Tesla V100-SXM2-16GB", torch.bfloat16, None),
+        ("Tesla T4", torch.float16, 65),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, 165.2),
+        ("NVIDIA GeForce GT 1030", torch.float32, None),
+        ("cpu", torch.bfloat16, None),
+    ],
+)
+def test_the_peak_is_that_of_the_device_and_number_format_or_unknown(name, dtype, teraflops):
+    peak = peak_flops(name, dtype)
+    assert peak == (teraflops and pytest.approx(teraflops * 1e12))
+
+
+def test_devices_that_do_not_exist_are_refused_with_what_does():
+    assert pick_device("cpu").type == "cpu"
+    for name, message in (
+        ("gpu", "not a device"),
+        ("cuda:99", "GPUs are visible"),
+        ("meta", "not supported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pick_device(name)
+
+
+def test_on_a_cpu_bfloat16_is_chosen_only_where_it_is_native(monkeypatch):
+    cpu = torch.device("cpu")
+    for avx512, amx, expected in (
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+        (False, False, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=avx512: answer)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer)
+        assert pick_dtype("auto", cpu) == expected
+    assert pick_dtype("float16", cpu) == torch.float16
+
+
+def test_dropout_follows_from_seed_step_and_micro_batch_alone():
+    def draw(*key):
+        seed_dropout(*key)
+        return torch.rand(8).tolist()
+
+    first = draw(1337, 10, 3)
+    torch.rand(1000)
+    assert draw(1337, 10, 3) == first
+    others = [draw(1337, 10, 4), draw(1337, 11, 3), draw(1338, 10, 3), draw(1337, 3, 10)]
+    assert first not in others and len({tuple(other) for other in others}) == 4
+
+
+def test_memory_is_counted_in_bytes():
+    assert 10**7 < distributed.peak_memory(torch.device("cpu")) < 10**12
+
+
+def test_alone_a_rank_is_its_own_sum_and_audience():
+    assert ALONE.sum(1.5, 2) == [1.5, 2.0] and ALONE.gather("x") == ["x"] and ALONE.broadcast(3) == 3
+    assert ALONE.on_first(max, 1, 2) == 2
+    with pytest.raises(ZeroDivisionError):
+        ALONE.together(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with StopSignal(ALONE) as stop:
+        stop.at_once = False
+        assert stop.agreed() == 0
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
+        assert stop.agreed() == stop.agreed_now() == number
+    assert signal.getsignal(number) == before
+
+
+def test_with_nothing_to_save_a_signal_exits_at_once():
+    with pytest.raises(SystemExit) as stopped, StopSignal(ALONE):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert stopped.value.code == 143
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    done = []
+
+    def enter():
+        with StopSignal(ALONE) as stop:
+            done.append(stop.agreed())
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert done == [0]
+
+
+def make_guard(late=False, scaled=False):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=4.0)
+    return weight, optimizer, FiniteGuard(ALONE, optimizer, scaler, late=late)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(NAN, NAN), (2.0, INF)])
+def test_a_number_that_is_not_finite_stops_before_the_update(loss, norm):
+    _, _, guard = make_guard()
+    guard.check(6, torch.tensor(1.0), torch.tensor(2.0))
+    with pytest.raises(
+        NotFinite, match=rf"step 7: loss {loss}.* on rank 0, gradient norm {norm}; stopped before"
+    ):
+        guard.check(7, torch.tensor(loss), torch.tensor(norm))
+
+
+def test_without_waiting_the_device_leaves_the_update_out_and_the_next_check_raises():
+    weight, optimizer, guard = make_guard(late=True)
+
+    def update(step, norm):
+        weight.grad = torch.full_like(weight, norm)
+        guard.check(step, torch.tensor(1.0), torch.tensor(norm))
+        optimizer.step()
+        return weight.detach().clone(), optimizer.state[weight]["step"].item()
+
+    good, count = update(0, 1.0)
+    assert not torch.equal(good, torch.ones(3)) and count == 1 and guard.is_clean()
+    after_bad, count = update(1, NAN)
+    assert torch.equal(after_bad, good) and count == 1 and not guard.is_clean()
+    with pytest.raises(NotFinite, match="step 1: "):
+        update(2, 1.0)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert torch.equal(weight, good), "nothing is updated after a step that was left out"
+
+
+def test_a_check_that_is_still_under_way_is_made_before_a_save_or_an_evaluation():
+    _, _, guard = make_guard(late=True)
+    guard.check(3, torch.tensor(1.0), torch.tensor(1.0))
+    guard.flush()
+    guard.check(4, torch.tensor(NAN), torch.tensor(NAN))
+    with pytest.raises(NotFinite, match="step 4: loss nan on rank 0"):
+        guard.flush()
+
+
+def test_a_loss_that_is_not_finite_makes_the_gradients_so():
+    for value in (NAN, INF):
+        x = torch.zeros((), requires_grad=True)
+        loss = x + value  # whose plain gradient would be 1
+        (loss * FiniteGuard.loss_weight(loss, 4)).backward()
+        assert x.grad.isnan()
+    x = torch.zeros((), requires_grad=True)
+    ((x + 2) * FiniteGuard.loss_weight(x + 2, 4)).backward()
+    assert x.grad == 0.25
+
+
+def test_with_scaled_gradients_an_overflow_is_the_scalers_business_but_a_nan_loss_is_not():
+    _, _, guard = make_guard(scaled=True)
+    guard.scaler.scale(torch.ones(()))  # the scaler makes its scale when first used
+    guard.check(0, torch.tensor(2.0), torch.tensor(INF))
+    with pytest.raises(NotFinite, match="loss nan on rank 0"):
+        guard.check(1, torch.tensor(NAN), torch.tensor(NAN))
+    guard.scaler.load_state_dict({**guard.scaler.state_dict(), "scale": 1.0})
+    with pytest.raises(NotFinite, match="gradient norm inf"):
+        guard.check(2, torch.tensor(2.0), torch.tensor(INF))
+
+
+TWO_RANKS = """
+import json, os, signal, sys, time, torch
+sys.path.insert(0, {root!r})
+from pretrain.checkpoint import CheckpointError
+from pretrain.distributed import Ranks
+from pretrain.stopping import FiniteGuard, NotFinite, StopSignal
+
+def attempt(function, *arguments):
+    try:
+        return function(*arguments)
+    except (CheckpointError, NotFinite) as error:
+        return f"{{type(error).__name__}}: {{error}}"
+
+def fail(rank, only):
+    if rank == only:
+        raise CheckpointError(f"rank {{rank}} cannot")
+    return rank
+
+ranks = Ranks.start("cpu")
+found = {{
+    "rank": ranks.rank, "is_first": ranks.is_first,
+    "sum": ranks.sum(0.1 + ranks.rank, 1),
+    "gather": ranks.gather({{"rank": ranks.rank}}),
+    "broadcast": ranks.broadcast(f"from {{ranks.rank}}"),
+    "on_first": ranks.on_first(lambda: f"made by {{ranks.rank}}"),
+    "on_first_fails": attempt(ranks.on_first, fail, ranks.rank, 0),
+    "together": attempt(ranks.together, fail, ranks.rank, -1),
+    "together_fails": attempt(ranks.together, fail, ranks.rank, 1),
+}}
+optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+guard = FiniteGuard(ranks, optimizer, torch.amp.GradScaler("cpu", enabled=False), late=False)
+nan = torch.tensor(float("nan"))
+found["guard"] = attempt(guard.check, 5, nan if ranks.rank == 1 else torch.tensor(2.5), nan)
+with StopSignal(ranks) as stop:
+    stop.at_once = False
+    answers = []
+    for call in range(200):
+        if ranks.rank == 1 and call == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if ranks.rank == 0 and call % 7 == 0:
+            time.sleep(0.001)  # ranks are never in step
+        answers.append(stop.agreed())
+        if answers[-1]:
+            break
+    found["agreed_at"], found["agreed_on"] = len(answers) - 1, answers[-1]
+    found["agreed_now"] = stop.agreed_now()
+ranks.stop()
+with open(os.path.join({folder!r}, f"{{ranks.rank}}.json"), "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of two processes found, by rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = TWO_RANKS.format(root=str(ROOT), folder=str(folder))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **shared, "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_ranks_add_up_gather_and_broadcast(found):
+    for rank, values in enumerate(found):
+        assert values["rank"] == rank and values["is_first"] == (rank == 0)
+        assert values["sum"] == pytest.approx([1.2, 2.0], abs=1e-15)
+        assert values["gather"] == [{"rank": 0}, {"rank": 1}]
+        assert values["broadcast"] == "from 0" and values["on_first"] == "made by 0"
+
+
+def test_what_fails_on_one_rank_is_raised_on_all(found):
+    for rank, values in enumerate(found):
+        assert values["on_first_fails"] == "CheckpointError: rank 0 cannot"
+        assert values["together"] == rank
+        assert values["together_fails"] == "CheckpointError: rank 1 cannot"
+
+
+def test_all_ranks_stop_for_a_nan_of_one_and_name_it(found):
+    for values in found:
+        assert values["guard"].startswith("NotFinite: step 5: loss nan on rank 1, gradient norm nan")
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_call(found):
+    assert found[0]["agreed_on"] == found[1]["agreed_on"] == signal.SIGTERM
+    assert found[0]["agreed_at"] == found[1]["agreed_at"] == 21, "one call after it came"
+    assert found[0]["agreed_now"] == found[1]["agreed_now"] == signal.SIGTERM

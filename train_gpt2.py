@@ -1,0 +1,338 @@
+"""Stage 2: train GPT-2 on the shards that fineweb.py made.
+
+    $ python train_gpt2.py --n_layer 4 --n_head 4 --n_embd 256 --block_size 256 --max_iters 2000
+    $ torchrun --nproc_per_node=8 train_gpt2.py --batch_size 8 --compile True      # 124M parameters on 8 GPUs
+
+    step   2000/600000 | loss  6.1234 | lr 6.00e-04 | norm   0.91 | 1,234,567 tok/s |    265.4 ms | ...
+
+Stop it whenever you like: the same command continues, as if nothing had happened. In --out_dir it keeps
+    iter-{step}-loss-{validation loss}.pt   at each evaluation, the last --keep_checkpoints
+    best_val_loss.pt, final_model.pt        further names of those (hard links)
+    resume.pt                               between evaluations, and when told to stop (SIGTERM, Ctrl-C)
+    config.json, metrics.jsonl              what was run, and what came of it: see pretrain/runlog.py
+Exit status: 0 finished, 1 stopped by an error, 2 the flags are wrong, 128 + n stopped by signal n.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model import GPT, GPTConfig, load_checkpoint
+from model import CheckpointError as ModelError
+from pretrain import checkpoint as checkpoints
+from pretrain import distributed, validation
+from pretrain.checkpoint import CheckpointError
+from pretrain.distributed import Ranks, seed_dropout
+from pretrain.flags import parse
+from pretrain.loader import ShardLoader, TokenWindows, verify_data
+from pretrain.optim import make_optimizer
+from pretrain.runlog import RunLog, Stopwatch, eval_line, provenance, scores_block, start_block, train_line
+from pretrain.schedule import learning_rate
+from pretrain.settings import build_parser, check
+from pretrain.shards import ShardError, data_fingerprint, find_shards
+from pretrain.stopping import FiniteGuard, NotFinite, StopSignal
+
+__all__ = ["load_checkpoint", "main"]
+SIZES = ("n_layer", "n_head", "n_embd", "bias")
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds besides the states of model, optimizer and scaler."""
+
+    step: int = 0  # updates made
+    last_eval_step: int = -1
+    loss: float = math.nan  # of training, as last logged or evaluated
+    val_loss: float = math.nan
+    best_val_loss: float = math.inf
+    learning_rate: float = 0.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, given, problems = parse(build_parser(), sys.argv[1:] if argv is None else argv)
+    problems = problems or check(args, given, distributed.environment("WORLD_SIZE", 1))
+    if problems:
+        for problem in problems if distributed.environment("LOCAL_RANK", 0) == 0 else ():
+            print(f"train_gpt2.py: error: {problem}", file=sys.stderr)
+        return 2
+    try:
+        ranks = Ranks.start(args.device)
+        with StopSignal(ranks) as stop, ExitStack() as held:
+            status = train(args, given, ranks, stop, held)
+        ranks.stop()
+        return status
+    except (CheckpointError, ModelError, NotFinite, ShardError) as error:
+        if distributed.environment("RANK", 0) == 0 or not getattr(error, "on_all_ranks", False):
+            print(f"train_gpt2.py: error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).split(". ")[0]
+        print(f"train_gpt2.py: error: {first_line}; try a smaller --batch_size with more"
+              " --gradient_accumulation_steps, or --gradient_checkpointing", file=sys.stderr)  # fmt: skip
+        return 1
+
+
+def build_model(saved: dict | None, init_from: str, sizes: GPTConfig, asked: set[str]) -> GPT:
+    """The model that continues `saved`, or that begins as init_from says. `sizes` are those of the flags;
+    `asked` names the ones that weights from elsewhere must agree with."""
+    if saved:
+        config, state = GPTConfig(**saved["model_config"]), saved["model"]
+    elif init_from == "scratch":
+        return GPT(sizes)
+    else:
+        loaded = (
+            load_checkpoint(init_from)[0] if os.path.isfile(init_from) else GPT.from_pretrained(init_from)
+        )
+        config, state = loaded.config, loaded.state_dict()
+        wrong = [f"--{name} {getattr(sizes, name)}" for name in sorted(asked & set(SIZES))
+                 if getattr(sizes, name) != getattr(config, name)]  # fmt: skip
+        if "block_size" in asked and sizes.block_size > config.block_size:
+            wrong.append(f"--block_size {sizes.block_size}")
+        if wrong:
+            raise ModelError(f"{init_from} has {config}: leave out {', '.join(wrong)}")
+    model = GPT(replace(config, dropout=sizes.dropout))
+    model.load_state_dict(state)
+    return model
+
+
+def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSignal, held: ExitStack) -> int:
+    """The run that the flags describe. Returns the exit status."""
+    device, out_dir = ranks.device, Path(args.out_dir)
+    say = print if ranks.is_first else lambda *text, **how: None
+
+    # Where to begin.
+    if args.eval_only:
+        path = (
+            None
+            if "init_from" in given
+            else ranks.on_first(checkpoints.find_to_evaluate, out_dir, args.resume)
+        )
+    else:
+        ranks.on_first(lambda: held.enter_context(checkpoints.lock(out_dir)) and None)
+        path = ranks.on_first(checkpoints.find, out_dir, args.resume)
+    saved = checkpoints.load(path, verify=False) if path else None  # the first rank has verified it
+    progress = Progress(**{field.name: saved[field.name] for field in fields(Progress)} if saved else {})
+    if not (out_dir / checkpoints.BEST).exists():
+        progress.best_val_loss = math.inf
+
+    # The model.
+    torch.manual_seed(args.seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    sizes = GPTConfig(**{name: getattr(args, name) for name in (*SIZES, "block_size", "dropout")})
+    from_flags = given if args.eval_only or args.init_from != "scratch" else {*SIZES, "block_size"}
+    model = ranks.together(build_model, saved, args.init_from, sizes, from_flags).to(device)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    config = model.config
+    block_size = args.block_size if "block_size" in from_flags else config.block_size
+
+    # The data.
+    ranks.together(verify_data, args.data_dir, args.verify_data, ranks.rank, ranks.world_size)
+    micro_tokens = args.batch_size * block_size * ranks.world_size
+    accumulation = args.total_batch_tokens // micro_tokens or args.gradient_accumulation_steps
+    tokens_per_step = accumulation * micro_tokens
+    loader = ShardLoader(
+        find_shards(args.data_dir, "train"), batch_size=args.batch_size, block_size=block_size,
+        accumulation_steps=accumulation, rank=ranks.rank, world_size=ranks.world_size, seed=args.seed,
+        shuffle=args.shuffle, vocab_size=config.vocab_size, pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    evaluated = {}
+    if args.eval_interval or args.eval_only:
+        val = TokenWindows(
+            find_shards(args.data_dir, "val"), block_size=block_size, vocab_size=config.vocab_size
+        )
+        num_windows = args.eval_iters * args.batch_size
+        evaluated["val"] = (val, validation.first(val, num_windows))
+        evaluated["train"] = (loader.windows, validation.spread(loader.windows, num_windows))
+    fingerprint = data_fingerprint(args.data_dir)
+    run = {name: getattr(sizes if name in from_flags else config, name) for name in SIZES} | {
+        "block_size": block_size, "tokens per update": tokens_per_step, "data": fingerprint[:16],
+        "seed": args.seed, "shuffle": args.shuffle,
+    }  # fmt: skip
+
+    # How it is computed.
+    dtype = distributed.pick_dtype(args.dtype, device)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    measure = partial(
+        validation.evaluate, model, evaluated, batch_size=args.batch_size, ranks=ranks, autocast=autocast,
+        interrupted=lambda: stop.number > 0,
+    )  # fmt: skip
+    if args.eval_only:
+        scores = measure()
+        say(f"{path or args.init_from}\n{scores_block(scores)}")
+        return 0
+    optimizer = make_optimizer(
+        model,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.beta1, args.beta2),
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    guard = FiniteGuard(ranks, optimizer, scaler, late=device.type == "cuda")
+    if saved:
+        checkpoints.refuse_other_run(path, saved["run"], run)
+        checkpoints.restore_optimizer(optimizer, saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        saved = None  # unmaps the file
+    if progress.step >= args.max_iters and checkpoints.is_finished(out_dir, progress.step):
+        say(f"{out_dir}: finished at step {progress.step:,}; with a higher --max_iters it goes on")
+        return 0
+    forward = ddp = model
+    if ranks.world_size > 1:
+        forward = ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    if compiled and (problem := distributed.compiler_problem(device)):
+        say(f"warning: --compile left out: {problem}", file=sys.stderr)
+        compiled = False
+    if compiled:
+        forward = torch.compile(forward)
+
+    # What is about to happen, on the console and for later.
+    rate = partial(
+        learning_rate, max_lr=args.learning_rate, min_lr=args.min_lr, warmup_iters=args.warmup_iters,
+        lr_decay_iters=args.lr_decay_iters,
+    )  # fmt: skip
+    name = distributed.device_name(device)
+    peak_flops = distributed.peak_flops(name, dtype)
+    setup = {
+        "flags": vars(args), "model_config": asdict(config), "parameters": model.num_parameters(), "run": run,
+        "data_fingerprint": fingerprint, "device": name, "dtype": str(dtype).removeprefix("torch."),
+        "compiled": compiled, "processes": ranks.world_size, "micro_steps": accumulation,
+        "tokens_per_step": tokens_per_step, "steps_per_epoch": loader.steps_per_epoch,
+        "max_tokens": args.max_iters * tokens_per_step, "last_learning_rate": rate(args.max_iters - 1),
+        "train_shards": len(loader.windows.paths), "train_tokens": loader.windows.num_tokens,
+        "evaluated_windows": {split: len(numbers) for split, (_, numbers) in evaluated.items()},
+        "peak_flops": peak_flops, **provenance(),
+    }  # fmt: skip
+    log = RunLog(out_dir, enabled=ranks.is_first)
+    if ranks.is_first:
+        checkpoints.write_json(out_dir / "config.json", setup)
+        log.write("start", step=progress.step, resumed_from=path, **setup)
+        print(start_block(setup, f"continues {path}, step {progress.step:,}" if path else "begins anew"))
+
+    def save(*names: str) -> bool:
+        """What this point of the run is, under these names in out_dir. A full disk stops nothing: it is said,
+        and the checkpoints there are stay."""
+        state = asdict(progress) | {
+            "format": checkpoints.FORMAT, "tokens": progress.step * tokens_per_step, "config": vars(args),
+            "run": run, "data_fingerprint": fingerprint, "rng": {"seed": args.seed},
+            "model_config": asdict(config), "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+        }  # fmt: skip
+        try:
+            checkpoints.save(out_dir / names[0], state)
+            for name in names[1:]:
+                checkpoints.link(out_dir / names[0], out_dir / name)
+        except CheckpointError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            return False
+        return True
+
+    signal_number, watch, lap_step, saved_at = 0, Stopwatch(), progress.step, time.monotonic()
+    batches = held.enter_context(closing(loader.prefetch(progress.step, device=device)))
+    while True:
+        is_last = progress.step >= args.max_iters
+        due = is_last or (args.eval_interval and progress.step % args.eval_interval == 0)
+        if evaluated and due and progress.step != progress.last_eval_step:
+            guard.flush()
+            distributed.synchronize(device)
+            watch.pause()
+            scores = measure()
+            if signal_number := stop.agreed_now():
+                break  # evaluated anew when the run goes on
+            is_best = scores["val"]["loss"] < progress.best_val_loss
+            progress.last_eval_step = progress.step
+            progress.loss, progress.val_loss = scores["train"]["loss"], scores["val"]["loss"]
+            progress.best_val_loss = min(progress.best_val_loss, progress.val_loss)
+            record = log.write(
+                "eval", step=progress.step, tokens=progress.step * tokens_per_step, train_loss=progress.loss,
+                val_loss=progress.val_loss, best_val_loss=progress.best_val_loss,
+                perplexity=math.exp(progress.val_loss), accuracy=scores["val"]["accuracy"],
+            )  # fmt: skip
+            say(eval_line(record, args.max_iters))
+            if ranks.is_first and progress.step > 0:
+                names = [checkpoints.iter_name(progress.step, progress.val_loss)]
+                if save(*names, *[checkpoints.BEST] * is_best, *[checkpoints.FINAL] * is_last):
+                    checkpoints.prune(out_dir, args.keep_checkpoints)
+                saved_at = time.monotonic()
+            watch.resume()
+        if is_last:
+            break
+
+        # One update ----------------------------------------------------------------------------------------
+        x, y = next(batches)  # (accumulation, batch_size, block_size)
+        progress.learning_rate = rate(progress.step)
+        for group in optimizer.param_groups:
+            group["lr"] = progress.learning_rate
+        loss = torch.zeros((), device=device)
+        for micro_step in range(accumulation):
+            if signal_number := stop.agreed():
+                break
+            seed_dropout(args.seed, progress.step, micro_step * ranks.world_size + ranks.rank)
+            # DDP looks at this in forward: gradients are exchanged in the last backward only.
+            ddp.require_backward_grad_sync = micro_step == accumulation - 1
+            with autocast:
+                _, micro_loss = forward(x[micro_step], y[micro_step])
+            micro_loss = micro_loss * guard.loss_weight(micro_loss, accumulation)
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+        if signal_number:
+            break  # nothing of this step is in the weights yet: it is made anew when the run goes on
+        scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        guard.check(progress.step, loss, grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        stop.at_once = False
+        # ---------------------------------------------------------------------------------------------------
+
+        if progress.step % args.log_interval == 0 or progress.step == args.max_iters:
+            progress.loss = ranks.sum(loss.item())[0] / ranks.world_size  # waits for the device
+            seconds, steps = watch.lap(), progress.step - lap_step
+            lap_step = progress.step
+            speed = steps * tokens_per_step / seconds  # tokens per second
+            flops = speed * model.flops_per_token(block_size) / ranks.world_size
+            record = log.write(
+                "train", step=progress.step, tokens=progress.step * tokens_per_step, loss=progress.loss,
+                epoch=progress.step / loader.steps_per_epoch, learning_rate=progress.learning_rate,
+                grad_norm=grad_norm.item(), tokens_per_second=speed,
+                milliseconds_per_step=1000 * seconds / steps,
+                mfu=flops / peak_flops if peak_flops else None, memory_bytes=distributed.peak_memory(device),
+            )  # fmt: skip
+            say(train_line(record, args.max_iters))
+        by_step = args.checkpoint_interval and progress.step % args.checkpoint_interval == 0
+        by_time = args.checkpoint_minutes and time.monotonic() - saved_at > 60 * args.checkpoint_minutes
+        if ranks.is_first and (by_step or by_time) and guard.is_clean():
+            watch.pause()
+            save(checkpoints.RESUME)
+            watch.resume()
+            saved_at = time.monotonic()
+
+    guard.flush()
+    if signal_number:
+        say(f"signal {signal_number} at step {progress.step:,}: saving; the same command continues")
+        is_saved = not ranks.is_first or save(checkpoints.RESUME)
+        log.write("stop", step=progress.step, reason=f"signal {signal_number}")
+        return 128 + signal_number if is_saved else 1
+    if ranks.is_first and not checkpoints.is_finished(out_dir, progress.step) and not save(checkpoints.FINAL):
+        return 1
+    log.write("stop", step=progress.step, reason="finished")
+    say(f"finished: {out_dir / checkpoints.FINAL}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
