@@ -38,8 +38,17 @@ if TYPE_CHECKING:
     from pretrain.parquet import Footer, Report
 
 __all__ = [
-    "Batch", "File", "Patience", "Position", "Source", "SourceError", "Unit",
-    "hub_source", "local_source", "plan_units", "read_unit",
+    "Batch",
+    "File",
+    "Patience",
+    "Position",
+    "Source",
+    "SourceError",
+    "Unit",
+    "hub_source",
+    "local_source",
+    "plan_units",
+    "read_unit",
 ]
 
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "txt"}
@@ -195,9 +204,13 @@ def _parquet_units(source: Source, index: int, unit_bytes: int, row: int) -> Ite
             start, first_row, size, rows = group + 1, first_row + rows, 0, 0
 
 
-@functools.lru_cache(maxsize=2)
 def footer(file: File, text_column: str, patience: Patience) -> Footer:
-    """The footer of a parquet file, kept for the units that follow."""
+    """The footer of a parquet file. The latest are kept for the units that follow."""
+    return _footer(file, text_column, patience, 0 if file.url else os.stat(file.path).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _footer(file: File, text_column: str, patience: Patience, modified_ns: int) -> Footer:
     import pyarrow as pa
 
     from pretrain.parquet import read_footer
@@ -205,11 +218,11 @@ def footer(file: File, text_column: str, patience: Patience) -> Footer:
     with open_file(file, patience) as stored:
         try:
             return read_footer(stored, text_column)
-        except SourceError as e:
-            raise SourceError(f"{file.path}: {e}") from None
         except (pa.ArrowException, OSError) as e:
             what = f"not a whole parquet file ({_first_line(e)}); get it again"
             raise SourceError(f"{file.path}: {what}") from None
+        except ValueError as e:
+            raise SourceError(f"{file.path}: {e}") from None
 
 
 # ---- documents
@@ -256,6 +269,8 @@ def read_open_file(source: Source, unit: Unit, stored, *, skip_rows: int, report
         else:
             stream, stop = stored, unit.stop
             if file.compression:
+                if file.size == 0:
+                    raise OSError("no bytes in it")
                 stream, stop = pa.CompressedInputStream(stored, file.compression), None
             options = {"skip_rows": skip_rows, "report": report}
             if file.kind == "jsonl":
@@ -274,7 +289,7 @@ def read_open_file(source: Source, unit: Unit, stored, *, skip_rows: int, report
 def open_file(file: File, patience: Patience):
     """The stored bytes, for reading and seeking, by this code and by pyarrow."""
     if file.url:
-        from pretrain.hub import RemoteFile
+        from pretrain.remote import RemoteFile
 
         return RemoteFile(file.url, file.size, patience)
     try:

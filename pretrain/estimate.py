@@ -65,9 +65,10 @@ def _tokens_per_byte(source: Source, count_tokens: Callable[[pa.Array], int]) ->
         with open_file(source.files[unit.file], source.patience) as stored:
             for batch in read_open_file(source, unit, stored, skip_rows=0, report=lambda *_: None):
                 tokens += count_tokens(batch.texts)
-                if compressed:
-                    break  # one batch is enough: what it took is how far the file has been read
-            stored_bytes += stored.tell() if compressed else unit.num_bytes
+                if compressed:  # one batch is enough: it took what has been read of the file so far
+                    stored_bytes += stored.tell()
+                    break
+        stored_bytes += 0 if compressed else unit.num_bytes
         if stored_bytes >= SAMPLE_BYTES // 2:
             break
     return tokens / max(1, stored_bytes)

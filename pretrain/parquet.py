@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pretrain.source import Batch, SourceError
+from pretrain.source import Batch
 
 BATCH_BYTES = 8 << 20  # text in a batch, unless a single document has more
 LOAD_BYTES = 32 << 20  # stored bytes of a remote batch that are fetched into memory in one go
@@ -49,14 +49,14 @@ class Footer:
 
 
 def read_footer(file, column: str) -> Footer:
-    """Raises SourceError where `column` is missing or is no text; pyarrow's errors where this is no parquet
+    """Raises ValueError where `column` is missing or is no text; pyarrow's errors where this is no parquet
     file."""
     parquet = pq.ParquetFile(file)
     schema = parquet.schema_arrow
     if column not in schema.names:
-        raise SourceError(f"no column {column!r}; choose --text_column from {', '.join(schema.names)}")
+        raise ValueError(f"no column {column!r}; choose --text_column from {', '.join(schema.names)}")
     if not _holds_text(schema.field(column).type):
-        raise SourceError(f"column {column!r} holds {schema.field(column).type}, not text")
+        raise ValueError(f"column {column!r} holds {schema.field(column).type}, not text")
     columns = [column]
     if column != TOKEN_COUNT in schema.names and pa.types.is_integer(schema.field(TOKEN_COUNT).type):
         columns.append(TOKEN_COUNT)

@@ -104,5 +104,5 @@ class Batch:
     rows: np.ndarray  # (kept,) int64, counted from the unit's first row
     num_rows: int  # rows that this batch consumed, with those that are left out
     skipped: dict[str, np.ndarray]  # int64 rows left out: "empty" texts, "bad" ones (on_bad_document="skip")
-    token_counts: np.ndarray | None = None  # (kept,) int64, the file's own token_count column, where it has one
+    token_counts: np.ndarray | None = None  # (kept,) int64, the file's token_count column, where it has one
     offsets: np.ndarray | None = None  # (kept,) int64, byte where each row begins; plain jsonl and txt only

@@ -172,15 +172,16 @@ def parse_line(line: bytes, column: str) -> str | None:
     except UnicodeDecodeError as e:
         raise ValueError(f"invalid UTF-8 at byte {e.start} of the line (0x{line[e.start]:02x})") from None
     except json.JSONDecodeError as e:
-        raise ValueError(f"not JSON: {e.msg} at character {e.pos + 1} of the line") from None
+        raise ValueError(
+            f"not JSON ({e.msg}: character {e.pos + 1} of the line){_array_hint(line)}"
+        ) from None
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
     if not isinstance(value, dict):
-        array = "; a JSON array has to be rewritten as one object a line" if isinstance(value, list) else ""
-        raise ValueError(f"not a JSON object{array}")
+        raise ValueError(f"not a JSON object{_array_hint(line)}")
     if column not in value:
         keys = ", ".join(list(value)[:20]) or "none"
-        raise ValueError(f"no key {column!r}; the keys are {keys}: choose one with --text_column")
+        raise ValueError(f"no key {column!r}; choose --text_column from {keys}")
     text = value[column]
     if text is None:
         return ""
@@ -191,6 +192,10 @@ def parse_line(line: bytes, column: str) -> str | None:
     except UnicodeEncodeError:
         raise ValueError(f"{column!r} has half of a surrogate pair in it, which is no character") from None
     return text
+
+
+def _array_hint(line: bytes) -> str:
+    return "; an array has to be rewritten as one object a line" if line.lstrip()[:1] == b"[" else ""
 
 
 # ---- text
