@@ -36,8 +36,8 @@ def key_token_weights(inputs: Tensor, key_tokens: Tensor, alpha: float = 1.0) ->
 def load_key_tokens(path: str | Path) -> Tensor:
     """The ids of a UTF-8 file with the text of one GPT-2 token a line, int64 (K,), sorted, each once.
 
-    White space counts: ` river` and `river` are two tokens. Empty lines are left out. Raises KeyTokenError when
-    the file cannot be read or holds no token, and for lines that are not a single token.
+    White space counts: ` river` and `river` are two tokens. Empty lines are left out. Raises KeyTokenError
+    when the file cannot be read or holds no token, and for lines that are not a single token.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
