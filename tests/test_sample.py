@@ -163,6 +163,16 @@ def test_the_command_prints_the_prompt_and_its_continuation(run, by_hand):
     assert run("--prompt", "The mill", "--temperature", 0, tokens=5)[1] == by_hand("The mill", 5) + "\n"
 
 
+def test_texts_and_prompts_may_be_longer_than_the_context(run, by_hand):
+    inside = run("--prompt", "The mill", "--temperature", 0, tokens=40)[1].removesuffix("\n")
+    beyond = run("--prompt", "The mill", "--temperature", 0, tokens=120)[1]
+    assert inside == by_hand("The mill", 40)
+    assert beyond.startswith(inside) and len(beyond) > 2 * len(inside)
+    prompt = "word " * 100
+    status, output, errors = run("--prompt", prompt)
+    assert (status, errors) == (0, "") and output.startswith(prompt) and len(output) > len(prompt) + 1
+
+
 def test_prompts_of_different_lengths_in_a_file_get_what_each_gets_alone(run, by_hand, tmp_path):
     prompts = ["The mill stood\nby the river", "Yes", "At the end of the lane, nobody had ever"]
     file = tmp_path / "prompts.txt"
