@@ -18,6 +18,7 @@ from pretrain.source import Batch
 
 BATCH_BYTES = 8 << 20  # text in a batch, unless a single document has more
 LOAD_BYTES = 32 << 20  # stored bytes of a remote batch that are fetched into memory in one go
+READ_BYTES = 1 << 20  # bytes that pyarrow asks a file for
 TOKEN_COUNT = "token_count"  # FineWeb's column: GPT-2 tokens of the row's text, without end-of-text
 
 Report = Callable[[int, "int | None", str], None]  # (row in the unit, byte offset or None, what is wrong)
@@ -77,7 +78,8 @@ def read_row_groups(
 
     Raises pyarrow's errors (ArrowException, OSError) where the file is damaged.
     """
-    parquet = pq.ParquetFile(file, metadata=footer.metadata, buffer_size=1 << 20)
+    # pre-buffering would hold all of a column chunk, and one can be gigabytes
+    parquet = pq.ParquetFile(file, metadata=footer.metadata, pre_buffer=False, buffer_size=READ_BYTES)
     first = 0  # the row that comes next, counted from the unit's first
     while start < stop and first + footer.num_rows(start) <= skip_rows:
         first, start = first + footer.num_rows(start), start + 1

@@ -22,6 +22,7 @@ from urllib.parse import urljoin, urlsplit
 from pretrain.source import Patience, SourceError
 
 log = logging.getLogger(__name__)
+_links: dict[str, str] = {}  # where files were redirected to: asked for again when a link has expired
 
 BLOCK = 1 << 17  # bytes asked of a socket at a time: what a stall can cost
 LARGEST_HOLE = 1 << 18  # reading over this many unwanted bytes costs less than another request
@@ -197,7 +198,6 @@ class RemoteFile(io.RawIOBase):
         self._expected: list[tuple[int, int]] = []
         self._loaded: list[tuple[int, bytes]] = []
         self._position = 0  # of the next read
-        self._direct: str | None = None  # where the Hub has redirected us to
         self._response, self._at, self._stop = (
             None,
             0,
@@ -273,7 +273,7 @@ class RemoteFile(io.RawIOBase):
                 break
             except (Fault, HTTPError, OSError) as e:
                 self._disconnect()
-                self._direct = None
+                _links.pop(self.url, None)
                 self._waiting.after(e if isinstance(e, Fault) else Fault(cause(e)))
         self._waiting.progress()
         self._at += len(block)
@@ -283,8 +283,8 @@ class RemoteFile(io.RawIOBase):
         return block
 
     def _connect(self) -> None:
-        response, self._direct = attempt(
-            self._direct or self.url,
+        response, _links[self.url] = attempt(
+            _links.get(self.url, self.url),
             home=self.url,
             token=self._token,
             timeouts=self._waiting.timeouts(),

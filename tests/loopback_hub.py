@@ -73,7 +73,9 @@ class LoopbackHub:
         self.server.server_close()
 
     def commit(self, repo: str) -> str:
-        return hashlib.sha1(repr(sorted(self.repos[repo].items())).encode()).hexdigest()
+        """Another one for other content."""
+        parts = [part for name, data in sorted(self.repos[repo].items()) for part in (name.encode(), data)]
+        return hashlib.sha1(b"\0".join(parts)).hexdigest()
 
     def next_fault(self, path: str) -> str | None:
         """What is wrong with the request that comes now, None: nothing."""
