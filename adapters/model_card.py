@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pretrain.runs import Run, RunError, hellaswag_results
+from pretrain.report.runs import Run, RunError, hellaswag_results
 from pretrain.shards import Manifest, ShardError
 
 if TYPE_CHECKING:
@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 
 RECORD = "training.json"
 EVALUATION = ("step", "tokens", "train_loss", "val_loss", "perplexity", "accuracy")
+SETUP = ("tokens_per_step", "processes", "device", "dtype", "compiled", "versions.python", "versions.torch")
 SOURCE = ("dataset", "config", "split", "commit")
 SHOWN_EVALUATIONS = 8
+# Flags that are left out: the model's sizes, which config.json has, and what does not bear on the weights.
+LEFT_OUT = ("n_layer", "n_head", "n_embd", "block_size", "total_batch_tokens", "device", "dtype", "compile",
+            "init_from", "resume", "eval_only", "log_interval", "keep_checkpoints", "checkpoint_interval",
+            "checkpoint_minutes")  # fmt: skip
 
 
 def training_record(model: "GPT", checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -44,7 +49,9 @@ def training_record(model: "GPT", checkpoint: dict[str, Any], path: Path) -> dic
         "parameters": model.num_parameters(),
         **_only(checkpoint, ("step", "tokens", "loss", "val_loss", "learning_rate")),
         "data": _data(flags.get("data_dir")),
+        "from_scratch": flags.get("init_from", "scratch") == "scratch",
         "flags": {key: value for key, value in flags.items() if _is_plain(key, value)},
+        "setup": {key: run.config[key] for key in SETUP if run and key in run.config},
         "evaluations": evaluations,
         "hellaswag": hellaswag,
     }
@@ -57,7 +64,9 @@ def _only(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, int | floa
 
 
 def _is_plain(key: str, value: Any) -> bool:
-    """A number, a switch or a word: nothing that tells of this machine's folders."""
+    """A number, a switch or a word that bears on the weights, and tells nothing of this machine's folders."""
+    if key in LEFT_OUT:
+        return False
     if isinstance(value, str):
         return bool(value) and not set(value) & set("/\\") and not key.endswith(("_dir", "_data", "_file"))
     return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
@@ -137,6 +146,8 @@ def _summary(config: dict[str, Any], record: dict[str, Any]) -> str:
             f" and reached a validation loss of {record['val_loss']:.4f}" if "val_loss" in record else ""
         )
         text.append(f"It was trained on {record['tokens']:,} tokens in {record['step']:,} steps{reached}.")
+        if not record.get("from_scratch", True):
+            text.append("Training did not begin from scratch but with the weights of another model.")
     text.append("It continues texts; it was not tuned to follow instructions, and can be wrong or offensive.")
     return " ".join(text)
 
@@ -182,7 +193,8 @@ def _evaluation(record: dict[str, Any]) -> str:
 
 def _configuration_rows(config: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]:
     sizes = {key: config[key] for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
-    return [(f"`{key}`", str(value)) for key, value in {**sizes, **record.get("flags", {})}.items()]
+    settings = {**record.get("flags", {}), **record.get("setup", {})}
+    return [(f"`{key}`", str(value)) for key, value in {**sizes, **settings}.items()]
 
 
 def _cells(row: dict[str, int | float], columns: Sequence[str]) -> list[str]:

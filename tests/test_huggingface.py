@@ -86,7 +86,8 @@ def run_folder(model, tmp_path_factory):
     shard = Shard("web_train_000001.npy", "train", 5000, 12, "0" * 64, {})
     Manifest("web", source, {}, {}, 100, [shard], complete=True).save(data)
     flags = {"data_dir": str(data), "out_dir": str(folder), "learning_rate": 6e-4, "batch_size": 4}
-    flags |= {"compile": False, "init_from": "/home/somebody/secret-project/model.pt", "hellaswag_data": None}
+    flags |= {"n_layer": 12, "compile": False, "hellaswag_data": None}  # 12: the default, not the model's
+    flags |= {"init_from": "/home/somebody/secret-project/model.pt"}
     log = RunLog(folder)
     log.write("start", step=0)
     for step in (10, 20, 30):
@@ -355,7 +356,7 @@ def test_push_creates_a_repository_with_the_export_and_a_card_of_the_run(push, e
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == {"acc": 0.251, "acc_norm": 0.27}  # of step 20: step 30 came after the checkpoint
     facts = ['from_pretrained("somebody/tiny")', "2,560 tokens in 20 steps", "validation loss of 7.0000"]
-    facts += ["c0ffee", "| tokens | 5,000 |", "| documents | 12 |"]
+    facts += ["with the weights of another model", "c0ffee", "| tokens | 5,000 |", "| documents | 12 |"]
     facts += ["| `learning_rate` | 0.0006 |", "| `n_layer` | 2 |"]
     facts += ["| 20 | 2,560 | 6.9000 | 7.0000 |", "| completion | 20 | 10,042 | 0.2510 | 0.2700 |"]
     assert [fact for fact in facts if fact not in card.text] == []
