@@ -1,0 +1,228 @@
+"""Train GPT-2 with transformers.Trainer, on shards or on raw text.
+
+    $ python -m adapters.hf_trainer --data_dir data/input --out_dir out-trainer --max_iters 2000
+    $ python -m adapters.hf_trainer --text input.txt --block_size 128 --out_dir out-trainer --max_iters 500
+    $ torchrun --nproc_per_node=8 -m adapters.hf_trainer ...
+
+On shards: the windows, order, schedule and first weights of train_gpt2.py, so the losses are the same. On raw
+text: the Hugging Face course's way, chunks of --block_size tokens cut from each document, in random order.
+In --out_dir: checkpoint-N at each evaluation, and the trained model with its tokenizer, which transformers,
+`hellaswag.py --model` and `python -m adapters.huggingface` read. The same command again continues the run.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import default_collate
+
+from adapters import common
+from adapters.hf_tokenizer import build_tokenizer
+from model import GPT
+from pretrain.distributed import environment, pick_dtype
+from pretrain.keytokens import KeyTokenError, key_token_weights, load_key_tokens
+from pretrain.tokenizer import END_OF_TEXT
+
+common.require_for(__name__, "transformers", "accelerate", "datasets")
+from transformers import (  # noqa: E402  (after the check that they are there)
+    DataCollatorForLanguageModeling,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
+
+
+class GPT2Trainer(Trainer):
+    """Trainer with train_gpt2.py's schedule, perplexity in evaluations, and losses weighted by key tokens.
+
+    schedule: share of the learning rate at each update; None for TrainingArguments.lr_scheduler_type.
+    key_tokens: int64 ids as for pretrain.keytokens; None for the plain loss.
+    """
+
+    def __init__(
+        self, *args, schedule: Callable[[int], float] | None = None, key_tokens: Tensor | None = None,
+        key_token_alpha: float = 1.0, **kwargs,
+    ):  # fmt: skip
+        super().__init__(*args, **kwargs)
+        self.schedule, self.key_tokens, self.key_token_alpha = schedule, key_tokens, key_token_alpha
+        # So the logged loss is the mean of the micro-batches' means, whoever computes it. Otherwise releases
+        # of Trainer divide by a count of labels that includes the first (a factor of (T - 1) / T), and the
+        # loss of a compute_loss like ours is not divided by the number of micro-batches.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor | tuple[Tensor, Any]:  # fmt: skip
+        """The model's loss; in training with key tokens, that of pretrain.keytokens. Evaluations are never
+        weighted, so that eval_loss stays in nats per token."""
+        if self.key_tokens is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels, targets = inputs["labels"], inputs.get("shift_labels")
+        if targets is None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
+        losses = F.cross_entropy(outputs.logits.float().transpose(1, 2), targets, reduction="none")  # (B, T)
+        means = losses.sum(dim=1) / (targets != -100).sum(dim=1)
+        loss = (key_token_weights(inputs["input_ids"], self.key_tokens, self.key_token_alpha) * means).mean()
+        return (loss, outputs) if return_outputs else loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.schedule is not None and self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
+        super().log(logs, *args, **kwargs)
+
+
+class ChunkCollator(DataCollatorForLanguageModeling):
+    """Labels are the inputs wherever there is a token.
+
+    GPT-2 has no pad token, so end-of-text serves; the collator of transformers then ignores every end-of-text
+    as if it were padding, and the model never learns to end. The attention mask tells the two apart.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = super().torch_call(examples)
+        labels = batch["input_ids"].clone()
+        if "attention_mask" in batch:
+            labels[batch["attention_mask"] == 0] = -100
+        return {**batch, "labels": labels}
+
+
+def collate_windows(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch for GPT2LMHeadModel, which would shift `labels` once more if `shift_labels` were not there."""
+    batch = default_collate(samples)
+    return {**batch, "shift_labels": batch["labels"]}
+
+
+def to_transformers(model: GPT) -> GPT2LMHeadModel:
+    """The same function with the same weights."""
+    c = model.config
+    config = GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, embd_pdrop=c.dropout, attn_pdrop=c.dropout, resid_pdrop=c.dropout,
+        bos_token_id=END_OF_TEXT, eos_token_id=END_OF_TEXT,
+    )  # fmt: skip
+    theirs = GPT2LMHeadModel(config)
+    theirs.loss_type = "ForCausalLM"
+    theirs.load_state_dict(model.huggingface_state_dict())
+    return theirs
+
+
+def training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    device = common.device(args)
+    dtype = pick_dtype(args.dtype, device)
+    interval = args.eval_interval or args.max_iters
+    return TrainingArguments(
+        output_dir=args.out_dir,
+        max_steps=args.max_iters,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine" if args.lr_scheduler == "train_gpt2" else args.lr_scheduler,
+        warmup_steps=args.warmup_iters,
+        weight_decay=args.weight_decay,  # of matrices: Trainer leaves out biases and LayerNorms by itself
+        adam_beta1=args.beta1,
+        adam_beta2=args.beta2,
+        max_grad_norm=args.grad_clip,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        activation_checkpointing=args.gradient_checkpointing,
+        eval_strategy="steps" if args.eval_interval else "no",
+        eval_steps=interval,
+        prediction_loss_only=True,  # otherwise it keeps the logits of the whole validation set
+        save_steps=interval,
+        save_total_limit=3,
+        metric_for_best_model="eval_loss" if args.eval_interval else None,  # its checkpoint is kept
+        greater_is_better=False,
+        logging_steps=args.log_interval,
+        logging_nan_inf_filter=False,  # a loss that is not a number should be seen
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
+        train_sampling_strategy="random" if args.text else "sequential",  # windows come in training order
+        remove_unused_columns=False,  # it does not know shift_labels
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        seed=args.seed,
+        push_to_hub=bool(args.push_to_hub),
+        hub_model_id=args.push_to_hub,
+        hub_strategy="end",
+    )
+
+
+def build_trainer(args: argparse.Namespace, given: set[str]) -> GPT2Trainer:
+    """A Trainer for these flags, not yet started."""
+    key_tokens = load_key_tokens(args.key_tokens) if args.key_tokens else None
+    arguments = training_arguments(args)
+    ours, block_size = common.build_model(args, given)
+    tokenizer = build_tokenizer(ours.config.block_size)
+    eval_windows = args.eval_iters * args.batch_size
+    if args.text:
+        chunks = common.text_chunks(common.load_text(args.text, args.text_column), tokenizer, block_size)
+        train, val = common.split_chunks(chunks)
+        val = val.select(range(min(len(val), eval_windows)))
+        tokenizer.pad_token = tokenizer.eos_token
+        collate = ChunkCollator(tokenizer, mlm=False)
+    else:
+        global_batch = args.batch_size * args.gradient_accumulation_steps * environment("WORLD_SIZE", 1)
+        train = common.shard_windows(
+            args.data_dir, "train", block_size=block_size, seed=args.seed, shuffle=args.shuffle,
+            length=args.max_iters * global_batch, vocab_size=ours.config.vocab_size,
+        )  # fmt: skip
+        val = None
+        if args.eval_interval:
+            val = common.shard_windows(args.data_dir, "val", block_size=block_size, length=eval_windows)
+        collate = collate_windows
+    return GPT2Trainer(
+        to_transformers(ours), arguments, train_dataset=train, eval_dataset=val, data_collator=collate,
+        processing_class=tokenizer, key_tokens=key_tokens, key_token_alpha=args.key_token_alpha,
+        schedule=common.schedule(args) if args.lr_scheduler == "train_gpt2" else None,
+    )  # fmt: skip
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
+    add = parser.add_argument
+    add("--text", nargs="+", metavar="FILE",
+        help=".txt, .jsonl or .parquet files instead of shards; their last tenth is for evaluation")
+    add("--text_column", default="text", help="of .jsonl and .parquet files (text)")
+    add("--lr_scheduler", default="train_gpt2", metavar="NAME",
+        help="train_gpt2, or a name that transformers.get_scheduler knows, such as cosine or linear: from 0 "
+             "over --warmup_iters, to 0 at --max_iters (train_gpt2)")
+    add("--key_tokens", metavar="FILE",
+        help="a GPT-2 token a line; sequences with more of them weigh more, see pretrain/keytokens.py (off)")
+    add("--key_token_alpha", type=float, default=1.0, metavar="A", help="factor of these weights (1.0)")
+    add("--push_to_hub", metavar="user/name", help="upload the trained model; needs `hf auth login`")
+    # fmt: on
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, given = common.parse(__doc__, argv, add_flags)
+    try:
+        trainer = build_trainer(args, given)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(args.out_dir))
+        trainer.save_model()
+        trainer.save_state()
+    except (*common.ERRORS, KeyTokenError) as error:
+        print(f"hf_trainer: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
