@@ -62,7 +62,9 @@ def require_for(name: str, *modules: str) -> None:
 
 
 def parse(
-    description: str, argv: Sequence[str] | None, add_flags: Callable[[argparse.ArgumentParser], None]
+    description: str,
+    argv: Sequence[str] | None,
+    add_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> tuple[argparse.Namespace, set[str]]:
     """The flags of train_gpt2.py that are named in FLAGS, and those of add_flags; and the names given.
 

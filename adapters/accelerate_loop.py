@@ -1,0 +1,167 @@
+"""train_gpt2.py's loop in the idiom of Accelerate.
+
+    $ python -m adapters.accelerate_loop --data_dir data/input --out_dir out-accelerate --max_iters 2000
+    $ torchrun --nproc_per_node=8 -m adapters.accelerate_loop ...
+
+    step     10/2000 | loss 9.7312 | lr 3.0e-06 | norm 1.91
+
+In --out_dir: step-N, the full state, at each evaluation (the newest two are kept), metrics.jsonl for
+`python -m pretrain.report`, and export, the trained model for transformers and `hellaswag.py --model`. The
+same command again continues the run, on any number of processes that divides the batch.
+"""
+
+import argparse
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from adapters import common, huggingface
+from pretrain.distributed import pick_dtype
+from pretrain.optim import make_optimizer
+from pretrain.runlog import RunLog
+
+common.require_for(__name__, "accelerate", "transformers", "safetensors")
+from accelerate import Accelerator, DataLoaderConfiguration  # noqa: E402  (after the check that it is there)
+
+MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+KEPT_STATES = 2
+
+
+def train(args: argparse.Namespace, given: set[str]) -> None:
+    """The run that the flags describe."""
+    device, out_dir = common.device(args), Path(args.out_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=MIXED_PRECISION[pick_dtype(args.dtype, device)],
+        cpu=device.type == "cpu",
+        # Evaluation adds up what each process has: nothing needs to be repeated to make their shares equal.
+        dataloader_config=DataLoaderConfiguration(even_batches=False),
+    )
+    model, block_size = common.build_model(args, given)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    optimizer = make_optimizer(
+        model.to(accelerator.device), learning_rate=args.learning_rate, weight_decay=args.weight_decay,
+        betas=(args.beta1, args.beta2),
+    )  # fmt: skip
+    # Not through prepare(): it would be stepped once per process, and the schedule be over that much sooner.
+    scheduler = LambdaLR(optimizer, common.schedule(args))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
+
+    state = newest_state(out_dir)
+    step = int(state.name.removeprefix("step-")) if state else 0
+    if state:
+        accelerator.load_state(str(state))
+        accelerator.print(f"continues {state}")
+    global_batch = args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    windows = common.shard_windows(
+        args.data_dir, "train", block_size=block_size, seed=args.seed, shuffle=args.shuffle,
+        vocab_size=accelerator.unwrap_model(model).config.vocab_size,
+    )  # fmt: skip
+    # Batch k of these positions goes to process k mod num_processes. To resume is to begin further on.
+    positions = range(step * global_batch, args.max_iters * global_batch)
+    batches = accelerator.prepare(DataLoader(windows, batch_size=args.batch_size, sampler=positions))
+    val = common.shard_windows(
+        args.data_dir, "val", block_size=block_size, length=args.eval_iters * args.batch_size
+    )
+    val_batches = accelerator.prepare(DataLoader(val, batch_size=args.batch_size))
+    log = RunLog(out_dir, enabled=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    log.write("start", step=step, flags=vars(args), processes=accelerator.num_processes)
+
+    model.train()
+    losses = torch.zeros((), device=accelerator.device)
+    for batch in batches:
+        with accelerator.accumulate(model):
+            _, loss = model(batch["input_ids"], batch["labels"])
+            accelerator.backward(loss)  # divides by the number of micro-batches
+            losses += loss.detach() / args.gradient_accumulation_steps
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        learning_rate = scheduler.get_last_lr()[0]
+        scheduler.step()
+        step += 1
+        if step % args.log_interval == 0 or step == args.max_iters:
+            loss = accelerator.reduce(losses, "mean").item()
+            log.write("train", step=step, tokens=step * global_batch * block_size, loss=loss,
+                      learning_rate=learning_rate, grad_norm=norm.item())  # fmt: skip
+            accelerator.print(f"step {step:6}/{args.max_iters} | loss {loss:.4f} | lr {learning_rate:.1e}"
+                              f" | norm {norm:.2f}")  # fmt: skip
+        losses.zero_()
+        if step == args.max_iters or (args.eval_interval and step % args.eval_interval == 0):
+            if args.eval_interval:
+                val_loss = evaluate(accelerator, model, val_batches)
+                log.write("eval", step=step, tokens=step * global_batch * block_size, val_loss=val_loss,
+                          perplexity=math.exp(min(val_loss, 700)))  # fmt: skip
+                accelerator.print(f"step {step:6}/{args.max_iters} | val loss {val_loss:.4f}")
+            save_state(accelerator, out_dir, step)
+    log.write("stop", step=step, reason="finished")
+    if accelerator.is_main_process:
+        huggingface.export(accelerator.unwrap_model(model), out_dir / "export", overwrite=True)
+    accelerator.print(f"finished: {out_dir / 'export'}")
+    accelerator.end_training()
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: nn.Module, batches: DataLoader) -> float:
+    """Mean loss over all tokens of all processes, in nats. Sums are gathered, not means: the last batch may be
+    smaller, and a process may have had none."""
+    plain = accelerator.unwrap_model(model)
+    plain.eval()
+    totals = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        with accelerator.autocast():
+            loss_sum, _, count = plain.score(batch["input_ids"], batch["labels"])
+        totals += torch.tensor([loss_sum.item(), count.item()], dtype=torch.float64)
+    plain.train()
+    loss_sum, count = accelerator.gather(totals.to(accelerator.device)[None]).sum(dim=0).tolist()
+    return loss_sum / count
+
+
+def newest_state(out_dir: Path) -> Path | None:
+    """The step-N folder of the highest N; None when there is none."""
+    states = [path for path in out_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return max(states, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
+def save_state(accelerator: Accelerator, out_dir: Path, step: int) -> None:
+    """Model, optimizer, scheduler, scaler and generators, under its name only when it is complete."""
+    temporary = out_dir / "saving"
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        os.rename(temporary, out_dir / f"step-{step}")
+        states = sorted(out_dir.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        for state in states[:-KEPT_STATES]:
+            shutil.rmtree(state)
+    accelerator.wait_for_everyone()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, given = common.parse(__doc__, argv)
+    try:
+        train(args, given)
+    except common.ERRORS as error:
+        print(f"accelerate_loop: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
