@@ -24,7 +24,7 @@ $(VENV)/.stages: requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.stages
+$(VENV)/.dev: requirements-dev.txt requirements-adapters.txt $(VENV)/.stages
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {"fineweb", "train_gpt2", "hellaswag", "sample"}
 FRAMEWORKS = {"lightning", "pytorch_lightning", "accelerate", "transformers"}
 TORCH_FREE = ("tokenizer", "documents", "shards", "schedule", "runlog", "build", "verify", "report")
-WITHOUT_MODEL = ("loader", "optim", "checkpoint", "distributed")
+WITHOUT_MODEL = ("loader", "optim", "checkpoint", "distributed", "sampling", "validation")
 
 
 def sources():
