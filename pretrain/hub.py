@@ -137,7 +137,10 @@ class Repository:
         while True:
             try:
                 response, _ = attempt(url, home=self.endpoint, token=self.token, timeouts=waiting.timeouts())
-                _ = response.content
+                if len(response.content) != int(
+                    response.headers.get("Content-Length", len(response.content))
+                ):
+                    raise Fault("the connection was closed early")  # older clients do not say so themselves
                 return response
             except Fault as e:
                 waiting.after(e)

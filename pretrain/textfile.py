@@ -27,7 +27,7 @@ BLOCK = 4 << 20  # bytes read at a time
 OVERRUN = 1 << 16  # the same beyond the end of a unit, where only the rest of its last document is wanted
 BOM = b"\xef\xbb\xbf"
 SEPARATOR = b"<|endoftext|>"
-REACH = len(SEPARATOR) + 3  # bytes of a separator line: CR LF, and the byte before it
+REACH = len(BOM + SEPARATOR) + 2  # bytes of the longest separator line, one that begins the file
 
 
 def _blocks(file, start: int, stop: int | None) -> Iterator[bytes]:

@@ -117,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.route(parts[parts[0] == "api" :], parse_qs(url.query), redirects)
 
-    do_HEAD = do_GET
+    do_HEAD = do_POST = do_GET
 
     def answer(self, status: int, body: bytes = b"", headers: dict | None = None) -> None:
         self.send_response(status)
@@ -157,6 +157,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(200, json.dumps({"id": repo, "sha": commit, "siblings": []}).encode())
         if verb == "tree":
             return self.tree(files, path, query)
+        if verb == "paths-info":  # a POST of older clients
+            asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+            known = [p for p in asked if any(name == p or name.startswith(f"{p}/") for name in files)]
+            return self.answer(200, json.dumps([self.entry(files, p) for p in known]).encode())
         if path not in files:
             return self.refuse(404, "EntryNotFound")
         if redirects:
@@ -184,17 +188,21 @@ class _Handler(BaseHTTPRequestHandler):
     def tree(self, files: dict[str, bytes], folder: str, query: dict) -> None:
         prefix = f"{folder}/" if folder else ""
         parts = [path[len(prefix) :].split("/") for path in files if path.startswith(prefix)]
-        depth = 1 if query["recursive"] == ["false"] else 99
+        depth = 1 if query["recursive"][0].lower() == "false" else 99
         paths = {prefix + "/".join(part[:n]) for part in parts for n in range(1, min(depth, len(part)) + 1)}
         if not paths:
             return self.refuse(404, "EntryNotFound")
         at = int(query.get("cursor", ["0"])[0])
         paths, rest = sorted(paths)[at : at + PAGE], sorted(paths)[at + PAGE :]
-        page = [{"type": "directory", "path": path, "size": 0, "oid": "0"} for path in paths]
-        for entry in page:
-            if (content := files.get(entry["path"])) is not None:
-                lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 1}
-                entry |= {"type": "file", "size": len(content), "lfs": lfs}
+        page = [self.entry(files, path) for path in paths]
         more = f"{self.path.partition('?')[0]}?recursive={query['recursive'][0]}&cursor={at + PAGE}"
         headers = {"Link": f'<{self.hub.url}{more}>; rel="next"'} if rest else {}
         self.answer(200, json.dumps(page).encode(), headers)
+
+    @staticmethod
+    def entry(files: dict[str, bytes], path: str) -> dict:
+        if path not in files:
+            return {"type": "directory", "path": path, "size": 0, "oid": "0"}
+        size, sha256 = len(files[path]), hashlib.sha256(files[path]).hexdigest()
+        lfs = {"oid": sha256, "sha256": sha256, "size": size, "pointerSize": 1}
+        return {"type": "file", "path": path, "size": size, "oid": "0", "lfs": lfs}

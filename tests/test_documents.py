@@ -316,7 +316,11 @@ def test_every_text_type_of_arrow_is_read(tmp_path, type):
     texts = ["a", "déjà", None, "", "a", "x" * 50]
     values = pa.array(texts).cast(pa.binary() if "binary" in str(type) else pa.string())
     values = values.dictionary_encode() if "dictionary" in str(type) else values
-    source = local_source([write_parquet(tmp_path / "a.parquet", values.cast(type))])
+    try:
+        values = values.cast(type)
+    except pa.ArrowNotImplementedError:
+        pytest.skip("this pyarrow cannot make such an array")
+    source = local_source([write_parquet(tmp_path / "a.parquet", values)])
     assert rows_of(source) == [
         (0, 0, None, "a"),
         (0, 1, None, "déjà"),
