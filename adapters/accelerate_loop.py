@@ -98,16 +98,15 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
         step += 1
         if step % args.log_interval == 0 or step == args.max_iters:
             loss = accelerator.reduce(losses, "mean").item()
-            log.write("train", step=step, tokens=step * global_batch * block_size, loss=loss,
-                      learning_rate=learning_rate, grad_norm=norm.item())  # fmt: skip
+            values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": norm}
+            common.log_metrics(log, step, step * global_batch * block_size, values)
             accelerator.print(f"step {step:6}/{args.max_iters} | loss {loss:.4f} | lr {learning_rate:.1e}"
                               f" | norm {norm:.2f}")  # fmt: skip
         losses.zero_()
         if step == args.max_iters or (args.eval_interval and step % args.eval_interval == 0):
             if args.eval_interval:
                 val_loss = evaluate(accelerator, model, val_batches)
-                log.write("eval", step=step, tokens=step * global_batch * block_size, val_loss=val_loss,
-                          perplexity=math.exp(min(val_loss, 700)))  # fmt: skip
+                common.log_metrics(log, step, step * global_batch * block_size, {"val_loss": val_loss})
                 accelerator.print(f"step {step:6}/{args.max_iters} | val loss {val_loss:.4f}")
             save_state(accelerator, out_dir, step)
     log.write("stop", step=step, reason="finished")
@@ -119,8 +118,8 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
 
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, model: nn.Module, batches: DataLoader) -> float:
-    """Mean loss over all tokens of all processes, in nats. Sums are gathered, not means: the last batch may be
-    smaller, and a process may have had none."""
+    """Mean loss over all tokens of all processes, in nats. Sums are gathered, not means: the last batch may
+    be smaller, and a process may have had none."""
     plain = accelerator.unwrap_model(model)
     plain.eval()
     totals = torch.zeros(2, dtype=torch.float64)

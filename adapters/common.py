@@ -11,6 +11,7 @@ what train_gpt2.py sees.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from adapters import FrameworkMissing, require
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint
 from pretrain import distributed, flags, settings
 from pretrain.loader import ShardLoader, TokenWindows
+from pretrain.runlog import RunLog
 from pretrain.schedule import learning_rate
 from pretrain.shards import ShardError, find_shards
 from pretrain.tokenizer import TokenizerUnavailable
@@ -35,9 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SIZES = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
-SCHEDULE = ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters")
 FLAGS = (*SIZES, "init_from", "data_dir", "shuffle", "batch_size", "gradient_accumulation_steps", "max_iters",
-         *SCHEDULE, "weight_decay", "beta1", "beta2", "grad_clip", "eval_interval", "eval_iters", "dtype",
+         "learning_rate", "min_lr", "warmup_iters", "weight_decay", "beta1", "beta2", "grad_clip", "eval_interval", "eval_iters", "dtype",
          "gradient_checkpointing", "out_dir", "log_interval", "seed")  # fmt: skip
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 VAL_SHARE = 0.1  # of raw text, taken from its end
@@ -78,9 +79,12 @@ def parse(
     for action in ours._actions:
         if action.dest in FLAGS:
             parser._add_action(action)
+    parser.add_argument("--lr_decay_iters", type=settings.COUNT, metavar="N",
+                        help="update at which the cosine ends (--max_iters)")  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
     add_flags(parser)
     args, given, problems = flags.parse(parser, sys.argv[1:] if argv is None else argv)
+    args.lr_decay_iters = args.lr_decay_iters or args.max_iters
     everything = argparse.Namespace(**{**vars(ours.parse_args([])), **vars(args)})
     found = settings.check(everything, given, distributed.environment("WORLD_SIZE", 1))
     if getattr(args, "text", None):
@@ -127,6 +131,15 @@ def schedule(args: argparse.Namespace) -> Callable[[int], float]:
         lr_decay_iters=args.lr_decay_iters,
     )  # fmt: skip
     return lambda step: rate(step) / args.learning_rate if args.learning_rate else 0.0
+
+
+def log_metrics(log: RunLog, step: int, tokens: int, values: dict[str, float | None]) -> None:
+    """Write those of `values` that are not None as an event of metrics.jsonl: eval if val_loss is among them,
+    else train."""
+    values = {name: float(value) for name, value in values.items() if value is not None}
+    if "val_loss" in values:
+        values["perplexity"] = math.exp(min(values["val_loss"], 700))
+    log.write("eval" if "val_loss" in values else "train", step=step, tokens=tokens, **values)
 
 
 class Windows(Dataset):
@@ -233,6 +246,9 @@ class ChunkWindows:
         """Window numbers at these positions, every epoch in an order of its own."""
         epochs, places = np.divmod(positions, len(self))
         return np.array([self._shuffled(e)[p] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)])
+
+    def in_order(self, positions: np.ndarray) -> np.ndarray:
+        return positions % len(self)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(len(self))

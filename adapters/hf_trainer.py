@@ -6,8 +6,9 @@
 
 On shards: the windows, order, schedule and first weights of train_gpt2.py, so the losses are the same. On raw
 text: the Hugging Face course's way, chunks of --block_size tokens cut from each document, in random order.
-In --out_dir: checkpoint-N at each evaluation, and the trained model with its tokenizer, which transformers,
-`hellaswag.py --model` and `python -m adapters.huggingface` read. The same command again continues the run.
+In --out_dir: checkpoint-N at each evaluation, metrics.jsonl for `python -m pretrain.report`, and the trained
+model with its tokenizer, which transformers, `hellaswag.py --model` and `python -m adapters.huggingface`
+read. The same command again continues the run.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from adapters.hf_tokenizer import build_tokenizer
 from model import GPT
 from pretrain.distributed import environment, pick_dtype
 from pretrain.keytokens import KeyTokenError, key_token_weights, load_key_tokens
+from pretrain.runlog import RunLog
 from pretrain.tokenizer import END_OF_TEXT
 
 common.require_for(__name__, "transformers", "accelerate", "datasets")
@@ -35,6 +37,7 @@ from transformers import (  # noqa: E402  (after the check that they are there)
     GPT2Config,
     GPT2LMHeadModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
@@ -85,6 +88,21 @@ class GPT2Trainer(Trainer):
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
         super().log(logs, *args, **kwargs)
+
+
+class RunLogCallback(TrainerCallback):
+    """Metrics as lines of the metrics.jsonl that train_gpt2.py writes."""
+
+    def __init__(self, log: RunLog, tokens_per_step: int):
+        self.log, self.tokens_per_step = log, tokens_per_step
+
+    def on_log(
+        self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float], **kwargs
+    ) -> None:
+        values = {name: logs.get(name) for name in ("loss", "learning_rate", "grad_norm")}
+        values["val_loss"] = logs.get("eval_loss")
+        if state.is_world_process_zero and {"loss", "eval_loss"} & set(logs):
+            common.log_metrics(self.log, state.global_step, state.global_step * self.tokens_per_step, values)
 
 
 class ChunkCollator(DataCollatorForLanguageModeling):
@@ -171,6 +189,7 @@ def build_trainer(args: argparse.Namespace, given: set[str]) -> GPT2Trainer:
     arguments = training_arguments(args)
     ours, block_size = common.build_model(args, given)
     tokenizer = build_tokenizer(ours.config.block_size)
+    global_batch = args.batch_size * args.gradient_accumulation_steps * environment("WORLD_SIZE", 1)
     eval_windows = args.eval_iters * args.batch_size
     if args.text:
         chunks = common.text_chunks(common.load_text(args.text, args.text_column), tokenizer, block_size)
@@ -179,7 +198,6 @@ def build_trainer(args: argparse.Namespace, given: set[str]) -> GPT2Trainer:
         tokenizer.pad_token = tokenizer.eos_token
         collate = ChunkCollator(tokenizer, mlm=False)
     else:
-        global_batch = args.batch_size * args.gradient_accumulation_steps * environment("WORLD_SIZE", 1)
         train = common.shard_windows(
             args.data_dir, "train", block_size=block_size, seed=args.seed, shuffle=args.shuffle,
             length=args.max_iters * global_batch, vocab_size=ours.config.vocab_size,
@@ -192,6 +210,7 @@ def build_trainer(args: argparse.Namespace, given: set[str]) -> GPT2Trainer:
         to_transformers(ours), arguments, train_dataset=train, eval_dataset=val, data_collator=collate,
         processing_class=tokenizer, key_tokens=key_tokens, key_token_alpha=args.key_token_alpha,
         schedule=common.schedule(args) if args.lr_scheduler == "train_gpt2" else None,
+        callbacks=[RunLogCallback(RunLog(args.out_dir), global_batch * block_size)],
     )  # fmt: skip
 
 

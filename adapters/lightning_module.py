@@ -1,0 +1,240 @@
+"""Train GPT-2, or any causal language model of transformers, with Lightning.
+
+    $ python -m adapters.lightning_module --data_dir data/input --out_dir out-lightning --max_iters 2000
+    $ python -m adapters.lightning_module --text input.txt --model my-gpt2 --out_dir out-tuned --max_iters 500
+
+    module = BabyGPT(GPT(GPTConfig()), learning_rate=6e-4)           # or BabyGPT("gpt2"), or a folder
+    data = LLMDataModule("data/input", batch_size=8, block_size=1024, accumulation_steps=5)
+    Trainer(max_steps=2000, max_epochs=-1, accumulate_grad_batches=5).fit(module, data)
+
+On shards and with train_gpt2.py's flags the losses are train_gpt2.py's. In --out_dir: best.ckpt (of the
+lowest val_loss), last.ckpt, from which the same command continues, metrics.jsonl for
+`python -m pretrain.report`, and export, the best model for transformers and `hellaswag.py --model`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from adapters import common, huggingface
+from adapters.hf_tokenizer import build_tokenizer
+from model import GPT
+from pretrain.distributed import environment, pick_dtype
+from pretrain.optim import make_optimizer
+from pretrain.runlog import RunLog
+from pretrain.schedule import learning_rate as rate_at
+from pretrain.tokenizer import VOCAB_SIZE
+
+common.require_for(__name__, "lightning", "transformers", "datasets")
+from lightning.pytorch import LightningModule, Trainer  # noqa: E402  (after the check that it is there)
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.loggers import Logger  # noqa: E402
+from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
+
+from adapters.lightning_data import LLMDataModule  # noqa: E402
+
+__all__ = ["BabyGPT", "LLMDataModule"]
+
+PRECISION = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
+
+
+class BabyGPT(LightningModule):
+    """A causal language model, AdamW that decays matrices only, and a cosine over the steps there really are.
+
+    model: a GPT, or what AutoModelForCausalLM.from_pretrained takes (a name of the hub, a local folder).
+    decay_steps: updates of warmup and cosine together; None for as many as the Trainer will make.
+    """
+
+    def __init__(
+        self, model: GPT | nn.Module | str, *, learning_rate: float = 6e-4, min_lr: float | None = None,
+        warmup_steps: int = 0, decay_steps: int | None = None, weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95), gradient_checkpointing: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.save_hyperparameters(ignore=["model"])
+        if isinstance(model, str):
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_pretrained(model)
+            model.train()  # from_pretrained leaves it in eval mode, without dropout
+        self.model = model
+        if isinstance(model, GPT):
+            model.gradient_checkpointing = gradient_checkpointing
+        elif gradient_checkpointing:
+            model.config.use_cache = False
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.step_loss = 0.0
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """int64 (B, T) each, labels one token later -> mean loss, a scalar."""
+        if isinstance(self.model, GPT):
+            return self.model(input_ids, labels)[1]
+        logits = self.model(input_ids=input_ids).logits  # (B, T, vocabulary)
+        return F.cross_entropy(logits.float().transpose(1, 2), labels)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self(**batch)
+        self.step_loss += loss.detach() / self.trainer.accumulate_grad_batches
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the mean loss of all micro-batches of an update, not that of the last one alone."""
+        self.log("train_loss", self.step_loss, prog_bar=True, sync_dist=True)
+        self.log("learning_rate", optimizer.param_groups[0]["lr"])
+        self.step_loss = 0.0
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if isinstance(self.model, GPT):
+            loss_sum, _, count = self.model.score(batch["input_ids"], batch["labels"])
+            loss = (loss_sum / count).float()
+        else:
+            loss = self(**batch)
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+
+    def on_validation_epoch_end(self) -> None:
+        # Of the mean loss: the mean of the batches' perplexities would be another number.
+        self.log("val_perplexity", self.trainer.callback_metrics["val_loss"].exp())
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        h = self.hparams
+        optimizer = make_optimizer(
+            self.model, learning_rate=h.learning_rate, weight_decay=h.weight_decay, betas=h.betas
+        )
+        rate = partial(
+            rate_at, max_lr=1.0, min_lr=(0.1 if h.min_lr is None else h.min_lr / h.learning_rate),
+            warmup_iters=h.warmup_steps,
+            lr_decay_iters=h.decay_steps or self.trainer.estimated_stepping_batches,
+        )  # fmt: skip
+        schedule = {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}  # the default is "epoch"
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class RunLogger(Logger):
+    """Metrics as lines of the metrics.jsonl that train_gpt2.py writes, appended when a run is resumed."""
+
+    name = version = ""
+
+    def __init__(self, log: RunLog, tokens_per_step: int):
+        super().__init__()
+        self.log, self.tokens_per_step = log, tokens_per_step
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The start event has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        step = step + 1  # Lightning counts updates from 0
+        common.log_metrics(self.log, step, step * self.tokens_per_step, {
+            "loss": metrics.get("train_loss"), "learning_rate": metrics.get("learning_rate"),
+            "val_loss": metrics.get("val_loss"),
+        })  # fmt: skip
+
+
+def build_module(args: argparse.Namespace, given: set[str]) -> tuple[BabyGPT, int]:
+    """The module, and the length of the windows to train it on. Raises AdapterError, CheckpointError."""
+    if args.model:
+        torch.manual_seed(args.seed)
+        model, block_size = args.model, args.block_size
+    else:
+        model, block_size = common.build_model(args, given)
+    module = BabyGPT(
+        model, learning_rate=args.learning_rate, min_lr=args.min_lr, warmup_steps=args.warmup_iters,
+        decay_steps=args.lr_decay_iters,
+        weight_decay=args.weight_decay, betas=(args.beta1, args.beta2),
+        gradient_checkpointing=args.gradient_checkpointing,
+    )  # fmt: skip
+    config = module.model.config
+    if args.model and (config.vocab_size < VOCAB_SIZE or config.max_position_embeddings < block_size):
+        raise common.AdapterError(
+            f"{args.model} has {config.vocab_size} tokens and {config.max_position_embeddings} positions;"
+            f" needed are GPT-2's {VOCAB_SIZE} tokens and --block_size {block_size}"
+        )
+    return module, block_size
+
+
+def export(module: BabyGPT, folder: Path) -> None:
+    """Write the module's model with a tokenizer, as transformers keeps them."""
+    if isinstance(module.model, GPT):
+        huggingface.export(module.model, folder, overwrite=True)
+        return
+    module.model.save_pretrained(folder)
+    build_tokenizer(module.model.config.max_position_embeddings).save_pretrained(folder)
+
+
+def train(args: argparse.Namespace, given: set[str]) -> None:
+    """The run that the flags describe."""
+    device, out_dir = common.device(args), Path(args.out_dir)
+    accumulation, interval = args.gradient_accumulation_steps, args.eval_interval or args.max_iters
+    module, block_size = build_module(args, given)
+    data = LLMDataModule(
+        None if args.text else args.data_dir, text=args.text or (), text_column=args.text_column,
+        batch_size=args.batch_size, block_size=block_size, accumulation_steps=accumulation,
+        eval_batches=args.eval_iters, shuffle=args.shuffle, seed=args.seed,
+    )  # fmt: skip
+    tokens_per_step = accumulation * args.batch_size * block_size * environment("WORLD_SIZE", 1)
+    log = RunLog(out_dir, enabled=rank_zero_only.rank == 0)
+    best = ModelCheckpoint(out_dir, "best", monitor="val_loss", mode="min", save_top_k=1, save_last=True,
+                           enable_version_counter=False)  # fmt: skip
+    trainer = Trainer(
+        accelerator="cpu" if device.type == "cpu" else "auto",
+        precision=PRECISION[pick_dtype(args.dtype, device)],
+        max_steps=args.max_iters,
+        max_epochs=-1,  # max_steps decides
+        accumulate_grad_batches=accumulation,
+        gradient_clip_val=args.grad_clip or None,
+        val_check_interval=interval * accumulation,  # in batches, through all epochs
+        check_val_every_n_epoch=None,
+        limit_val_batches=None if args.eval_interval else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=args.log_interval,
+        logger=RunLogger(log, tokens_per_step),
+        callbacks=[best] if args.eval_interval else [],
+        enable_checkpointing=args.eval_interval > 0,
+        enable_progress_bar=sys.stderr.isatty(),
+        enable_model_summary=False,
+    )
+    last = out_dir / "last.ckpt"
+    if trainer.is_global_zero:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    log.write("start", resumed_from=last if last.exists() else None, flags=vars(args))
+    trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+    trainer.save_checkpoint(last, weights_only=False)
+    if trainer.is_global_zero:
+        if best.best_model_path:
+            saved = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+            module.load_state_dict(saved["state_dict"])
+        export(module, out_dir / "export")
+    log.write("stop", step=trainer.global_step, reason="finished")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
+    add = parser.add_argument
+    add("--text", nargs="+", metavar="FILE",
+        help=".txt, .jsonl or .parquet files instead of shards; their last tenth is for evaluation")
+    add("--text_column", default="text", help="of .jsonl and .parquet files (text)")
+    add("--model", metavar="NAME",
+        help="continue any AutoModelForCausalLM with GPT-2's tokens, by name or folder, instead of our GPT")
+    # fmt: on
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, given = common.parse(__doc__, argv, add_flags)
+    try:
+        train(args, given)
+    except (*common.ERRORS, OSError) as error:  # OSError: of from_pretrained
+        print(f"lightning_module: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
