@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pretrain import arrow
 from pretrain.source import Batch
 
 BATCH_BYTES = 8 << 20  # text in a batch, unless a single document has more
@@ -50,8 +50,7 @@ class Footer:
 
 
 def read_footer(file, column: str) -> Footer:
-    """Raises ValueError where `column` is missing or is no text; pyarrow's errors where this is no parquet
-    file."""
+    """Raises ValueError where `column` is missing or no text, pyarrow's errors where this is no parquet file."""
     parquet = pq.ParquetFile(file)
     schema = parquet.schema_arrow
     if column not in schema.names:
@@ -90,7 +89,7 @@ def read_row_groups(
             _fetch(file, footer, groups)
         rows, text_bytes = sum(map(footer.num_rows, groups)), sum(map(footer.text_bytes, groups))
         # a row group far larger than a batch is decoded piece by piece
-        at_once = rows if text_bytes <= 2 * BATCH_BYTES else max(1, rows * BATCH_BYTES // text_bytes)
+        at_once = max(1, rows if text_bytes <= 2 * BATCH_BYTES else rows * BATCH_BYTES // text_bytes)
         for record in parquet.iter_batches(at_once, groups, list(footer.columns), use_threads=False):
             begin, first = first, first + len(record)
             if first > skip_rows:
@@ -100,8 +99,7 @@ def read_row_groups(
 
 
 def _groups_of_a_batch(footer: Footer, start: int, stop: int) -> Iterator[list[int]]:
-    """Consecutive row groups with about BATCH_BYTES of text: many small ones are read like a few large
-    ones."""
+    """Consecutive row groups with about BATCH_BYTES of text: small ones are read like large ones."""
     groups, size = [], 0
     for group in range(start, stop):
         groups, size = [*groups, group], size + footer.text_bytes(group)
@@ -113,8 +111,7 @@ def _groups_of_a_batch(footer: Footer, start: int, stop: int) -> Iterator[list[i
 
 
 def _fetch(file, footer: Footer, groups: list[int]) -> None:
-    """Bring column chunks of a remote file into memory; a text column that is too large for it is
-    streamed."""
+    """Bring column chunks of a remote file into memory; text that is too large for it will be streamed."""
     ranges = [footer.ranges(group) for group in groups]
     if sum(stop - start for columns in ranges for start, stop in columns) > LOAD_BYTES:
         ranges = [columns[1:] for columns in ranges]
@@ -128,7 +125,7 @@ def _batch(texts: pa.Array, counts: pa.Array | None, first: int, report: Report)
     if str(texts.type).endswith("_view"):
         texts = texts.cast(pa.large_binary())
     texts = texts.view(pa.large_string() if str(texts.type).startswith("large_") else pa.string())
-    keep = pc.fill_null(pc.greater(pc.binary_length(texts), 0), False).to_numpy(zero_copy_only=False).copy()
+    keep = arrow.lengths(texts) > 0
     empty = first + np.flatnonzero(~keep)
     bad = []
     for i, what in _invalid_utf8(texts):
@@ -136,16 +133,15 @@ def _batch(texts: pa.Array, counts: pa.Array | None, first: int, report: Report)
         keep[i] = False
         bad.append(first + i)
     if not keep.all():
-        texts = texts.filter(pa.array(keep))
+        texts = arrow.select(texts, keep)
     if counts is not None:
-        counts = pc.fill_null(counts, 0).to_numpy().astype(np.int64)[keep]
+        counts = arrow.integers(counts)[keep]
     skipped = {"empty": empty, "bad": np.array(bad, np.int64)}
     return Batch(texts, first + np.flatnonzero(keep), len(keep), skipped, counts)
 
 
 def _invalid_utf8(texts: pa.Array) -> list[tuple[int, str]]:
-    """(index, what is wrong) of strings that are not UTF-8: neither parquet nor pyarrow checks when
-    reading."""
+    """(index, what is wrong) of strings that are not UTF-8: pyarrow does not check when it reads."""
     try:
         texts.validate(full=True)
         return []

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.json
 
+from pretrain import arrow
 from pretrain.parquet import BATCH_BYTES, Report, utf8_problem
 from pretrain.source import Batch
 
@@ -113,10 +113,10 @@ def _jsonl_batch(
 ) -> Batch:
     texts = parse_lines_fast(block, lines, column)
     if texts is not None:
-        keep = pc.greater(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
+        keep = arrow.lengths(texts) > 0
         empty, bad = np.flatnonzero(~keep), []
         if len(empty):
-            texts = texts.filter(pa.array(keep))
+            texts = arrow.select(texts, keep)
     else:
         kept, empty, bad, texts = [], [], [], []
         for i, line in enumerate(lines):
@@ -128,10 +128,10 @@ def _jsonl_batch(
                 continue
             if text:
                 kept.append(i)
-                texts.append(text)
+                texts.append(text.encode())
             elif text is not None:
                 empty.append(i)
-        keep, texts = np.array(kept, np.int64), pa.array(texts, pa.large_string())
+        keep, texts = np.array(kept, np.int64), arrow.strings(texts)
     skipped = {"empty": rows[np.array(empty, np.int64)], "bad": rows[np.array(bad, np.int64)]}
     return Batch(texts, rows[keep], len(lines), skipped, None, None if offsets is None else offsets[keep])
 
@@ -150,7 +150,7 @@ def parse_lines_fast(block: bytes, lines: list[bytes], column: str) -> pa.Array 
     parse = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     read = pa.json.ReadOptions(use_threads=False, block_size=len(block) + 1)
     try:
-        pa.array([block], pa.binary()).cast(pa.string())
+        arrow.strings([block])
         texts = pa.json.read_json(pa.BufferReader(block), read, parse).column(0).combine_chunks()
         texts.validate(full=True)
     except (pa.ArrowException, UnicodeError):
@@ -163,8 +163,7 @@ _DECODER = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
 
 
 def parse_line(line: bytes, column: str) -> str | None:
-    """The text of a line of JSON, "" for null, None for a blank line. Raises ValueError saying what is
-    wrong."""
+    """The text of a line of JSON, "" for null, None for a blank line. Raises ValueError for a bad one."""
     if not line.strip():
         return None
     try:
@@ -172,9 +171,8 @@ def parse_line(line: bytes, column: str) -> str | None:
     except UnicodeDecodeError as e:
         raise ValueError(f"invalid UTF-8 at byte {e.start} of the line (0x{line[e.start]:02x})") from None
     except json.JSONDecodeError as e:
-        raise ValueError(
-            f"not JSON ({e.msg}: character {e.pos + 1} of the line){_array_hint(line)}"
-        ) from None
+        what = f"{e.msg}: character {e.pos + 1} of the line"
+        raise ValueError(f"not JSON ({what}){_array_hint(line)}") from None
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
     if not isinstance(value, dict):
@@ -239,7 +237,7 @@ def _txt_batch(parts: list[tuple[int, int, bytes]], seekable: bool, report: Repo
 
 def _strings(parts: list[tuple[int, int, bytes]]) -> pa.Array:
     """Raises ArrowInvalid where one is not UTF-8."""
-    return pa.array([text for *_, text in parts], pa.large_binary()).cast(pa.large_string())
+    return arrow.strings([text for *_, text in parts])
 
 
 def _parts(file, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
