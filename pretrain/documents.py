@@ -209,7 +209,7 @@ def footer(file: File, text_column: str, patience: Patience) -> Footer:
     return _footer(file, text_column, patience, 0 if file.url else os.stat(file.path).st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _footer(file: File, text_column: str, patience: Patience, modified_ns: int) -> Footer:
     import pyarrow as pa
 
@@ -244,8 +244,8 @@ def read_unit(
 
     def report(row: int, offset: int | None, what: str) -> None:
         if on_bad_document == "stop":
-            place = f"{file.path}, {_place(file, unit, row, offset)}"
-            raise SourceError(f"{place}: {what} (--on_bad_document skip leaves such documents out)")
+            where = place(file, unit, row, offset)
+            raise SourceError(f"{where}: {what} (--on_bad_document skip leaves such documents out)")
 
     with open_file(file, source.patience) as stored:
         yield from read_open_file(source, unit, stored, skip_rows=skip_rows, report=report)
@@ -302,17 +302,18 @@ def open_file(file: File, patience: Patience):
     return stored
 
 
-def _place(file: File, unit: Unit, row: int, offset: int | None) -> str:
-    """Where a bad document is, for people."""
+def place(file: File, unit: Unit, row: int, offset: int | None) -> str:
+    """Where a document is, for people. `row` counts from the unit's first; `offset` as in Batch."""
     if file.kind == "parquet":
-        return f"row {unit.first_row + row}"
+        return f"{file.path}, row {unit.first_row + row}"
     if offset is not None and not file.url:
         with open(file.path, "rb") as f:
             feeds = sum(f.read(min(1 << 20, offset - at)).count(b"\n") for at in range(0, offset, 1 << 20))
-        return f"line {feeds + 1}"
+        return f"{file.path}, line {feeds + 1}"
     if unit.first_row is not None:
-        return f"{'line' if file.kind == 'jsonl' else 'document'} {unit.first_row + row + 1}"
-    return f"byte {offset}"
+        what = "line" if file.kind == "jsonl" else "document"
+        return f"{file.path}, {what} {unit.first_row + row + 1}"
+    return f"{file.path}, byte {offset}"
 
 
 def _first_line(error: Exception) -> str:

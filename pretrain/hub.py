@@ -49,9 +49,8 @@ def resolve(dataset: str, *, name: str | None, split: str, revision: str, patien
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise SourceError(
-            f"dataset {dataset}: HF_HUB_OFFLINE is set; unset it, or read local files with --source"
-        )
+        way_out = "unset it, or read files on this machine with --source"
+        raise SourceError(f"dataset {dataset}: HF_HUB_OFFLINE is set; {way_out}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
         known = "such as HuggingFaceFW/fineweb-edu; for files on this machine use --source"
         raise SourceError(f"{dataset!r} is not the name of a dataset on the Hub, {known}")
@@ -125,9 +124,7 @@ class Repository:
         try:
             return response.json(), response.links.get("next", {}).get("url", "")
         except ValueError:
-            raise SourceError(
-                f"{url}: the answer is not the Hub's; check HF_ENDPOINT and the network"
-            ) from None
+            raise SourceError(f"{url}: the answer is not the Hub's; check HF_ENDPOINT") from None
 
     def _get(self, url: str):
         """A response that has been read."""
@@ -137,10 +134,9 @@ class Repository:
         while True:
             try:
                 response, _ = attempt(url, home=self.endpoint, token=self.token, timeouts=waiting.timeouts())
-                if len(response.content) != int(
-                    response.headers.get("Content-Length", len(response.content))
-                ):
-                    raise Fault("the connection was closed early")  # older clients do not say so themselves
+                size = len(response.content)
+                if size != int(response.headers.get("Content-Length", size)):
+                    raise Fault("the connection was closed early")  # urllib3 1 does not notice
                 return response
             except Fault as e:
                 waiting.after(e)
@@ -205,12 +201,8 @@ def _ask_datasets(
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch).resolve() / dataset.rpartition("/")[2]
-        for path in listing:
-            if path not in (*cards, "dataset_infos.json"):  # the last is read, and says nothing about files
-                _make_file(root, path, "")
-        for path, text in cards.items():
-            if text:
-                _make_file(root, path, text)
+        _lay_out(root, dict.fromkeys(listing, ""))
+        _lay_out(root, cards)
         try:
             cache = str(Path(scratch) / "cache")
             builder = datasets.load_dataset_builder(str(root), name=name, cache_dir=cache)
@@ -226,12 +218,18 @@ def _ask_datasets(
     return builder.config.name, paths
 
 
-def _make_file(root: Path, path: str, text: str) -> None:
-    target = root / path
-    if not target.resolve().is_relative_to(root):
-        raise SourceError(f"the dataset has a file named {path!r}, which is not read")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
+def _lay_out(root: Path, files: dict[str, str]) -> None:
+    """Write files of a repository below `root`, the cards only where they have something in them."""
+    folders = {os.path.dirname(path) for path in files}
+    for folder in folders:
+        if folder.startswith("/") or ".." in folder.split("/"):
+            raise SourceError(f"the dataset has a folder named {folder!r}, which is not read")
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for path, text in files.items():
+        # an empty card or list of infos would be read, and found wanting
+        if text or path not in (CARD, STANDALONE_CARD, "dataset_infos.json"):
+            with open(f"{root}/{path}", "w", encoding="utf-8") as f:
+                f.write(text)
 
 
 def _explain(error: Exception, root: str, name: str | None) -> str:

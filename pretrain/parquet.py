@@ -50,7 +50,7 @@ class Footer:
 
 
 def read_footer(file, column: str) -> Footer:
-    """Raises ValueError where `column` is missing or no text, pyarrow's errors where this is no parquet file."""
+    """Raises ValueError where `column` is missing or no text, pyarrow's errors for what is no parquet."""
     parquet = pq.ParquetFile(file)
     schema = parquet.schema_arrow
     if column not in schema.names:

@@ -30,13 +30,10 @@ LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 class Fault(Exception):
-    """An attempt failed in a way that another may not. `retry_after`: seconds that the server asks us to
-    wait."""
+    """An attempt failed, and another may not. `retry_after`: seconds of pause that the server asks for."""
 
     def __init__(self, cause: str, retry_after: float | None = None):
-        super().__init__(
-            cause if retry_after is None else f"{cause}, asks for a pause of {retry_after:.0f} s"
-        )
+        super().__init__(f"{cause}, asks for a pause of {retry_after:.0f} s" if retry_after else cause)
         self.retry_after = retry_after
 
 
@@ -53,10 +50,10 @@ class Waiting:
 
     def __init__(self, what: str, patience: Patience):
         self.what, self.patience = what, patience
-        self.progress()
+        self.start()
 
-    def progress(self) -> None:
-        """Something arrived: the clock starts anew."""
+    def start(self) -> None:
+        """Something else is waited for: the clock starts anew."""
         self.began = time.monotonic()
         self.deadline = self.began + self.patience.give_up_seconds
         self.faults = 0
@@ -71,7 +68,7 @@ class Waiting:
         p, now = self.patience, time.monotonic()
         wait = min(p.longest_wait_seconds, p.first_wait_seconds * 2**self.faults) * random.uniform(0.5, 1.0)
         self.faults += 1
-        if fault.retry_after is not None:  # a pause that the server asks for is no sign that it has gone
+        if fault.retry_after:  # a pause that the server asks for is no sign that it has gone
             wait = max(wait, fault.retry_after)
             latest = self.began + p.rate_limit_seconds
             self.deadline = max(self.deadline, min(latest, self.deadline + fault.retry_after))
@@ -161,8 +158,7 @@ def _status_fault(url: str, home: str, response) -> Exception:
 
 
 def _retry_after(response) -> float | None:
-    """Seconds from Retry-After (a number or a date), else from the Hub's RateLimit header
-    ("...;r=0;t=120")."""
+    """Seconds from Retry-After (a number or a date), or from the Hub's RateLimit header (...;r=0;t=120)."""
     value = response.headers.get("Retry-After", "").strip()
     if value.isdigit():
         return float(value)
@@ -198,11 +194,8 @@ class RemoteFile(io.RawIOBase):
         self._expected: list[tuple[int, int]] = []
         self._loaded: list[tuple[int, bytes]] = []
         self._position = 0  # of the next read
-        self._response, self._at, self._stop = (
-            None,
-            0,
-            0,
-        )  # an open body: bytes [_at, _stop)
+        self._response = None  # open, about to deliver bytes [_at, _stop)
+        self._at = self._stop = 0
 
     def readable(self) -> bool:
         return True
@@ -214,14 +207,12 @@ class RemoteFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = (
-            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
-        )
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        self._position = base + offset
         return self._position
 
     def read(self, n: int = -1) -> bytes:
-        """Exactly n bytes, fewer only at the end of the file. Raises SourceError when patience is at its
-        end."""
+        """Exactly n bytes, fewer only at the end of the file. Raises SourceError when patience ends."""
         stop = self.size if n is None or n < 0 else min(self.size, self._position + n)
         data = self._bytes(self._position, stop)
         self._position += len(data)
@@ -263,6 +254,7 @@ class RemoteFile(io.RawIOBase):
         from urllib3.exceptions import HTTPError
 
         n = min(n, self._stop - self._at)
+        self._waiting.start()  # the reader may have been busy for long since the last block
         while True:
             try:
                 if self._response is None:
@@ -275,7 +267,6 @@ class RemoteFile(io.RawIOBase):
                 self._disconnect()
                 _links.pop(self.url, None)
                 self._waiting.after(e if isinstance(e, Fault) else Fault(cause(e)))
-        self._waiting.progress()
         self._at += len(block)
         if self._at == self._stop:
             self._response.raw.release_conn()  # read to its end, it can serve the next request

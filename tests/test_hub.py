@@ -72,6 +72,7 @@ def repos():
 def on_hub(monkeypatch):
     """Call with a running hub to make it the Hub of this process."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", os.devnull)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     return lambda hub: monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
@@ -424,6 +425,20 @@ def test_an_answer_that_is_no_hubs_is_not_taken_for_one(on_hub, repos):
             web()
 
 
+def test_the_time_that_the_reader_takes_is_not_the_networks(on_hub, repos):
+    """A response can be left open for as long as shards are written; its fault then is the first one."""
+    with LoopbackHub(repos) as hub:
+        on_hub(hub)
+        listed = web().files[0]
+        hub.stall_every = 1
+        with remote.RemoteFile(listed.url, listed.size, IMPATIENT) as file:
+            file.expect([(0, listed.size)])
+            start = file.read(10)
+            time.sleep(IMPATIENT.give_up_seconds + 0.1)
+            hub.stall_every = 0
+            assert start + file.read() == hub.repos["acme/web"][listed.path]
+
+
 def test_a_pause_that_the_server_asks_for_is_kept_within_reason(monkeypatch):
     now, slept = [100.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -431,13 +446,13 @@ def test_a_pause_that_the_server_asks_for_is_kept_within_reason(monkeypatch):
     waiting = remote.Waiting("x", Patience(give_up_seconds=60, rate_limit_seconds=200))
     waiting.after(remote.Fault("HTTP 429", retry_after=90))  # longer than it would wait by itself
     assert slept == [90]
-    waiting.progress()
+    waiting.start()
     slept.clear()
     with pytest.raises(SourceError, match="asks for a pause of 30 s"):
         while True:
             waiting.after(remote.Fault("HTTP 429", retry_after=30))
     assert slept == [30] * 6
-    waiting.progress()
+    waiting.start()
     with pytest.raises(SourceError, match="1 attempt in 0 s"):
         waiting.after(remote.Fault("HTTP 429", retry_after=300))
 
