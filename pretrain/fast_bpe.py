@@ -49,8 +49,7 @@ class FastBPE:
         self._start_afresh()
 
     def _start_afresh(self) -> None:
-        self._tokenizer = None  # frees the cache of the one before
-        self._tokenizer = load_gigatoken(self.tokens)
+        self._tokenizer = load_gigatoken(self.tokens)  # the one before goes, and its cache with it
         self._text_bytes, self._bytes_at_start = 0, resident_bytes()
 
     def encode(self, data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -146,8 +146,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of any string, without END_OF_TEXT; a literal <|endoftext|> is ordinary text."""
-        parts = _cut_long_white_space(text) if len(text) > MAX_WHITE_SPACE else [text]
-        return [token for part in parts for token in self._reference.encode_ordinary(part)]
+        if len(text) <= MAX_WHITE_SPACE:
+            return self._reference.encode_ordinary(text)
+        return [i for part in _cut_long_white_space(text) for i in self._reference.encode_ordinary(part)]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of token ids; bytes that are not UTF-8, as where a character was cut in two, become U+FFFD."""
