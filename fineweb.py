@@ -390,7 +390,8 @@ def run(args: argparse.Namespace) -> int:
         return fail(str(error))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return fail(f"{args.out_dir}: {error.strerror}; {kept(args)} once there is room")
+            place = f"{error.filename}: " if error.filename else ""
+            return fail(f"{place}{error.strerror}; {kept(args)} once there is room")
         return fail(f"{error}; {kept(args)}")
 
 

@@ -16,7 +16,7 @@ from pretrain.estimate import estimate
 from pretrain.packing import Packer
 from pretrain.pipeline import UNIT_BYTES, TokenBatch, tokenize_units
 from pretrain.shards import MANIFEST, NAME_PATTERN, Manifest, Shard
-from pretrain.tokenizer import END_OF_TEXT, TOKENIZER_NAME, VOCABULARY_SHA256, Tokenizer
+from pretrain.tokenizer import END_OF_TEXT, TOKENIZER_NAME, VOCABULARY_SHA256, Tokenizer, TokenMismatch
 
 SMALL_SHARE = 0.1  # of a source with fewer than two shards goes to validation
 KEPT_TOKENS = 200_000_000  # of a source that is counted first stay in memory, so that it is read once
@@ -86,8 +86,11 @@ class Work:
     progress: Progress = field(default_factory=Progress)
 
     def count_tokens(self, texts) -> int:
-        """Tokens of an Arrow array of documents, for estimates."""
-        return len(self.tokenizer.encode_documents(texts)[0])
+        """About how many tokens an Arrow array of documents has."""
+        try:
+            return len(self.tokenizer.encode_documents(texts)[0])
+        except TokenMismatch:
+            return texts.nbytes // 4  # tokenize_unit will stop there and say where
 
     def batches(self, what: str, source: Source, manifest: Manifest) -> Iterator[TokenBatch]:
         """The source's tokens from the document at which the manifest ends, all of this one, to the last."""

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pretrain.documents import Batch, Source, SourceError, Unit, read_unit
+from pretrain import arrow
+from pretrain.documents import Source, SourceError, Unit, place, read_unit
 from pretrain.tokenizer import Tokenizer, TokenMismatch
 
 UNIT_BYTES = 16 << 20  # stored bytes of text in a unit: large enough to start, small enough to keep all busy
@@ -62,8 +63,10 @@ def tokenize_unit(
         try:
             tokens, counts = tokenizer.encode_documents(batch.texts, first_document=index)
         except TokenMismatch as mismatch:
-            where = _describe_row(source, unit, int(batch.rows[mismatch.index]))
-            raise SourceError(f"{where}: {mismatch}") from None
+            offset = None if batch.offsets is None else batch.offsets[mismatch.index]
+            where = place(source.files[unit.file], unit, batch.rows[mismatch.index], offset)
+            what = str(mismatch).partition(": ")[2]  # it knows the document by our index alone
+            raise SourceError(f"{where}: {what}") from None
         index += len(counts)
         next_row += batch.num_rows
         yield TokenBatch(
@@ -75,21 +78,8 @@ def tokenize_unit(
             next_row,
             batch.skipped,
             batch.token_counts,
-            _text_bytes(batch),
+            int(arrow.lengths(batch.texts).sum()),
         )
-
-
-def _describe_row(source: Source, unit: Unit, row: int) -> str:
-    path = source.files[unit.file].path
-    if unit.first_row is None:
-        return f"{path}: row {row} from byte {unit.start}"
-    return f"{path}: row {unit.first_row + row}"
-
-
-def _text_bytes(batch: Batch) -> int:
-    import pyarrow.compute as pc
-
-    return pc.sum(pc.binary_length(batch.texts)).as_py() or 0
 
 
 def tokenize_units(

@@ -161,8 +161,13 @@ class ShardWriter:
     def _write(self, data) -> None:
         view = memoryview(data).cast("B")
         self.sha256.update(view)
-        while view:  # unbuffered: a large write may be taken in parts
-            view = view[self.file.write(view) :]
+        try:
+            while view:  # unbuffered: a large write may be taken in parts
+                view = view[self.file.write(view) :]
+        except OSError as error:
+            raise OSError(
+                error.errno, error.strerror, str(self.path)
+            ) from None  # a handle's errors name no file
 
     def write(self, tokens: np.ndarray) -> None:
         """Append `tokens`, (n,) uint16."""
@@ -204,7 +209,7 @@ def open_shard(path: str | Path) -> np.ndarray:
         spare = os.path.getsize(path) - (tokens.offset + tokens.nbytes)
     except FileNotFoundError:
         raise ShardError(f"{path}: no such shard; build it again with fineweb.py") from None
-    except (OSError, ValueError, EOFError, AttributeError) as error:
+    except Exception as error:  # numpy evaluates the header: what a damaged one raises is anybody's guess
         raise ShardError(f"{path}: not a whole .npy file ({error}); build it again with fineweb.py") from None
     if tokens.dtype != TOKEN or tokens.ndim != 1 or len(tokens) == 0 or spare:
         raise ShardError(

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain import arrow
@@ -12,6 +12,7 @@ from pretrain import arrow
 TEXT_TYPES = [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.none() | st.text(max_size=5)),
     st.sampled_from(TEXT_TYPES),
@@ -25,6 +26,7 @@ def test_lengths_and_nulls_are_those_pyarrow_tells(texts, kind, start, stop):
     assert arrow.lengths(array).tolist() == pc.fill_null(pc.binary_length(array), 0).to_pylist()
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.none() | st.integers(0, 100)),
     st.sampled_from([pa.int8(), pa.uint16(), pa.int64()]),
@@ -35,6 +37,7 @@ def test_integers_are_those_pyarrow_tells(values, kind, start):
     assert arrow.integers(array).tolist() == [value or 0 for value in array.to_pylist()]
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=5)), st.data())
 def test_strings_and_a_selection_of_them_are_those_given(texts, data):
     keep = data.draw(st.lists(st.booleans(), min_size=len(texts), max_size=len(texts)))
