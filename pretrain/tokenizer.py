@@ -114,7 +114,7 @@ def read_ranks(folder: Path) -> dict[bytes, int]:
 
 
 class Tokenizer:
-    """Texts to GPT-2's token ids. Picklable, so that worker processes can be given one.
+    """Texts to GPT-2's token ids. Threads can share one; worker processes are given one by pickle.
 
     `backend`: "gigatoken", "tiktoken" (some 30 times slower), or "auto": gigatoken where it is installed,
     otherwise tiktoken with a warning. `check_every`: `encode_documents` compares each document whose running

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,6 +156,17 @@ def test_a_worker_process_of_any_kind_gives_the_same_tokens(method, fast, publis
     fast.encode_documents(pa.array(["word " * 1_000_000] * 2))  # gigatoken's threads run before the fork
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.apply(_encode_in_worker, (fast, texts)) == (expected(texts, published), True)
+
+
+@pytest.mark.parametrize("max_cache_bytes", [0, 1 << 40])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_threads_may_share_a_tokenizer(parallel, max_cache_bytes, monkeypatch, published):
+    monkeypatch.setattr(fast_bpe, "MAX_CACHE_BYTES", max_cache_bytes)  # 0: its cache is dropped all the time
+    tok = Tokenizer("gigatoken", check_every=2, parallel=parallel)
+    batches = [[piece * i for piece in PIECES] for i in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        encoded = list(pool.map(lambda texts: tok.encode_documents(pa.array(texts))[0].tolist(), batches))
+    assert encoded == [expected(texts, published) for texts in batches]
 
 
 # Every code point
