@@ -1,6 +1,6 @@
 """train_gpt2.py's loop in the idiom of Accelerate.
 
-    $ python -m adapters.accelerate_loop --data_dir data/input --out_dir out-accelerate --max_iters 2000
+    $ python -m adapters.accelerate_loop --data_dir data/input --max_iters 2000 --warmup_iters 100
     $ torchrun --nproc_per_node=8 -m adapters.accelerate_loop ...
 
     step     10/2000 | loss 9.7312 | lr 3.0e-06 | norm 1.91
@@ -70,10 +70,10 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
     # Batch k of these positions goes to process k mod num_processes. To resume is to begin further on.
     positions = range(step * global_batch, args.max_iters * global_batch)
     batches = accelerator.prepare(DataLoader(windows, batch_size=args.batch_size, sampler=positions))
-    val = common.shard_windows(
-        args.data_dir, "val", block_size=block_size, length=args.eval_iters * args.batch_size
-    )
-    val_batches = accelerator.prepare(DataLoader(val, batch_size=args.batch_size))
+    if args.eval_interval:
+        length = args.eval_iters * args.batch_size
+        val = common.shard_windows(args.data_dir, "val", block_size=block_size, length=length)
+        val_batches = accelerator.prepare(DataLoader(val, batch_size=args.batch_size))
     log = RunLog(out_dir, enabled=accelerator.is_main_process)
     if accelerator.is_main_process:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -103,11 +103,12 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
             accelerator.print(f"step {step:6}/{args.max_iters} | loss {loss:.4f} | lr {learning_rate:.1e}"
                               f" | norm {norm:.2f}")  # fmt: skip
         losses.zero_()
-        if step == args.max_iters or (args.eval_interval and step % args.eval_interval == 0):
-            if args.eval_interval:
-                val_loss = evaluate(accelerator, model, val_batches)
-                common.log_metrics(log, step, step * global_batch * block_size, {"val_loss": val_loss})
-                accelerator.print(f"step {step:6}/{args.max_iters} | val loss {val_loss:.4f}")
+        evaluated = args.eval_interval and step % args.eval_interval == 0
+        if evaluated:
+            val_loss = evaluate(accelerator, model, val_batches)
+            common.log_metrics(log, step, step * global_batch * block_size, {"val_loss": val_loss})
+            accelerator.print(f"step {step:6}/{args.max_iters} | val loss {val_loss:.4f}")
+        if evaluated or step == args.max_iters:
             save_state(accelerator, out_dir, step)
     log.write("stop", step=step, reason="finished")
     if accelerator.is_main_process:
@@ -153,7 +154,7 @@ def save_state(accelerator: Accelerator, out_dir: Path, step: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, given = common.parse(__doc__, argv)
+    args, given = common.parse(__doc__, argv, "out-accelerate")
     try:
         train(args, given)
     except common.ERRORS as error:

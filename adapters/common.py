@@ -1,6 +1,6 @@
 """What the three trainers share: train_gpt2.py's flags and weights, shards and raw text as torch Datasets.
 
-    args = parse(__doc__, FLAGS, argv)
+    args, given = parse(__doc__, argv, "out-trainer")
     train = shard_windows(args.data_dir, "train", block_size=1024, seed=1337)    # a map-style Dataset
     train[0]                            # {"input_ids": int64 (1024,), "labels": the same one token later}
 
@@ -37,9 +37,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SIZES = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
-FLAGS = (*SIZES, "init_from", "data_dir", "shuffle", "batch_size", "gradient_accumulation_steps", "max_iters",
-         "learning_rate", "min_lr", "warmup_iters", "weight_decay", "beta1", "beta2", "grad_clip", "eval_interval", "eval_iters", "dtype",
-         "gradient_checkpointing", "out_dir", "log_interval", "seed")  # fmt: skip
+FLAGS = (
+    *(*SIZES, "init_from", "data_dir", "shuffle", "batch_size", "gradient_accumulation_steps", "max_iters"),
+    *("learning_rate", "min_lr", "warmup_iters", "weight_decay", "beta1", "beta2", "grad_clip"),
+    *("dtype", "gradient_checkpointing", "log_interval", "seed"),
+)
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 VAL_SHARE = 0.1  # of raw text, taken from its end
 
@@ -65,11 +67,12 @@ def require_for(name: str, *modules: str) -> None:
 def parse(
     description: str,
     argv: Sequence[str] | None,
+    out_dir: str,
     add_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> tuple[argparse.Namespace, set[str]]:
-    """The flags of train_gpt2.py that are named in FLAGS, and those of add_flags; and the names given.
+    """(flags, names of those given): train_gpt2.py's that are in FLAGS, those below, those of add_flags.
 
-    With problems, prints one line for each and exits with status 2.
+    out_dir: default of --out_dir. With problems, prints one line for each and exits with status 2.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -79,9 +82,16 @@ def parse(
     for action in ours._actions:
         if action.dest in FLAGS:
             parser._add_action(action)
-    parser.add_argument("--lr_decay_iters", type=settings.COUNT, metavar="N",
-                        help="update at which the cosine ends (--max_iters)")  # fmt: skip
-    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    # fmt: off
+    add = parser.add_argument
+    add("--lr_decay_iters", type=settings.COUNT, metavar="N", help="where the cosine ends (--max_iters)")
+    add("--eval_interval", type=settings.AMOUNT, default=2000, metavar="N",
+        help="updates between evaluations, each with a checkpoint (2000; 0: only a checkpoint at the end)")
+    add("--eval_iters", type=settings.COUNT, default=200, metavar="N",
+        help="batches of --batch_size sequences in an evaluation, shared out among the processes (200)")
+    add("--out_dir", default=out_dir, metavar="DIR", help=f"for checkpoints and logs ({out_dir})")
+    add("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
+    # fmt: on
     add_flags(parser)
     args, given, problems = flags.parse(parser, sys.argv[1:] if argv is None else argv)
     args.lr_decay_iters = args.lr_decay_iters or args.max_iters

@@ -1,7 +1,7 @@
 """Train GPT-2 with transformers.Trainer, on shards or on raw text.
 
-    $ python -m adapters.hf_trainer --data_dir data/input --out_dir out-trainer --max_iters 2000
-    $ python -m adapters.hf_trainer --text input.txt --block_size 128 --out_dir out-trainer --max_iters 500
+    $ python -m adapters.hf_trainer --data_dir data/input --max_iters 2000 --warmup_iters 100
+    $ python -m adapters.hf_trainer --text input.txt --block_size 128 --max_iters 500 --warmup_iters 20
     $ torchrun --nproc_per_node=8 -m adapters.hf_trainer ...
 
 On shards: the windows, order, schedule and first weights of train_gpt2.py, so the losses are the same. On raw
@@ -231,7 +231,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, given = common.parse(__doc__, argv, add_flags)
+    args, given = common.parse(__doc__, argv, "out-trainer", add_flags)
     try:
         trainer = build_trainer(args, given)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(args.out_dir))

@@ -1,7 +1,7 @@
 """Train GPT-2, or any causal language model of transformers, with Lightning.
 
-    $ python -m adapters.lightning_module --data_dir data/input --out_dir out-lightning --max_iters 2000
-    $ python -m adapters.lightning_module --text input.txt --model my-gpt2 --out_dir out-tuned --max_iters 500
+    $ python -m adapters.lightning_module --data_dir data/input --max_iters 2000 --warmup_iters 100
+    $ python -m adapters.lightning_module --text input.txt --model my-gpt2 --max_iters 500 --warmup_iters 20
 
     module = BabyGPT(GPT(GPTConfig()), learning_rate=6e-4)           # or BabyGPT("gpt2"), or a folder
     data = LLMDataModule("data/input", batch_size=8, block_size=1024, accumulation_steps=5)
@@ -227,7 +227,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, given = common.parse(__doc__, argv, add_flags)
+    args, given = common.parse(__doc__, argv, "out-lightning", add_flags)
     try:
         train(args, given)
     except (*common.ERRORS, OSError) as error:  # OSError: of from_pretrained
