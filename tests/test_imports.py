@@ -10,7 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"fineweb", "train_gpt2", "hellaswag", "sample"}
 FRAMEWORKS = {"lightning", "pytorch_lightning", "accelerate", "transformers"}
-TORCH_FREE = ("tokenizer", "documents", "shards", "schedule", "runlog", "build", "verify", "report")
+TORCH_FREE = (
+    "tokenizer", "documents", "source", "hub", "remote", "parquet", "textfile", "estimate",
+    "shards", "build", "packing", "pipeline", "verify", "schedule", "runlog", "report",
+)  # fmt: skip
 WITHOUT_MODEL = ("loader", "optim", "checkpoint", "distributed", "sampling", "validation")
 
 
