@@ -17,8 +17,9 @@ import argparse
 import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -28,6 +29,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hellaswag import Example, HellaSwagError, ensure_data, load_examples
+from hellaswag import evaluate as score_endings
 from model import GPT, GPTConfig, load_checkpoint
 from model import CheckpointError as ModelError
 from pretrain import checkpoint as checkpoints
@@ -42,6 +45,7 @@ from pretrain.schedule import learning_rate
 from pretrain.settings import build_parser, check
 from pretrain.shards import ShardError, data_fingerprint, find_shards
 from pretrain.stopping import FiniteGuard, NotFinite, StopSignal
+from pretrain.tokenizer import TokenizerUnavailable
 
 __all__ = ["load_checkpoint", "main"]
 SIZES = ("n_layer", "n_head", "n_embd", "bias")
@@ -91,9 +95,8 @@ def build_model(saved: dict | None, init_from: str, sizes: GPTConfig, asked: set
     elif init_from == "scratch":
         return GPT(sizes)
     else:
-        loaded = (
-            load_checkpoint(init_from)[0] if os.path.isfile(init_from) else GPT.from_pretrained(init_from)
-        )
+        is_file = os.path.isfile(init_from)
+        loaded = load_checkpoint(init_from)[0] if is_file else GPT.from_pretrained(init_from)
         config, state = loaded.config, loaded.state_dict()
         wrong = [f"--{name} {getattr(sizes, name)}" for name in sorted(asked & set(SIZES))
                  if getattr(sizes, name) != getattr(config, name)]  # fmt: skip
@@ -106,18 +109,56 @@ def build_model(saved: dict | None, init_from: str, sizes: GPTConfig, asked: set
     return model
 
 
+class HellaSwag:
+    """HellaSwag at evaluations, from the moment its data is at hand: a download goes on beside the training,
+    and whatever goes wrong is one warning."""
+
+    def __init__(self, ranks: Ranks, file: str | None, limit: int | None, wait_seconds: float | None):
+        """file: the data; None: the published file, downloaded if need be. wait_seconds: for it, at most."""
+        self.ranks, self.limit = ranks, limit
+        self._path: str | None = None
+        self._problem: str | None = None
+        self._examples: list[Example] | None = None
+        if ranks.is_first:
+            thread = threading.Thread(target=self._find, args=(file,), daemon=True)
+            thread.start()
+            thread.join(wait_seconds)
+
+    def _find(self, file: str | None) -> None:
+        try:
+            self._path = str(file or ensure_data())
+        except Exception as error:
+            self._problem = str(error)
+
+    def score(self, model: GPT, dtype: torch.dtype, interrupted: Callable[[], bool]) -> dict | None:
+        """The summary of a Result, on every rank; None when there is none (yet)."""
+        path, self._problem = self.ranks.broadcast((self._path, self._problem))
+        if self._problem is None and path:
+            try:
+                self._examples = self._examples or self.ranks.together(load_examples, path, self.limit)
+                result = score_endings(
+                    model, self._examples, dtype=dtype, interrupted=interrupted, rank=self.ranks.rank,
+                    world_size=self.ranks.world_size, group=self.ranks.control,
+                )  # fmt: skip
+                return result and result.summary()
+            except (HellaSwagError, TokenizerUnavailable) as error:
+                self._problem = str(error)
+        if self._problem and self.ranks.is_first:
+            print(f"warning: HellaSwag is left out: {self._problem}", file=sys.stderr)
+        self._path, self._problem = None, None  # said once
+        return None
+
+
 def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSignal, held: ExitStack) -> int:
     """The run that the flags describe. Returns the exit status."""
     device, out_dir = ranks.device, Path(args.out_dir)
     say = print if ranks.is_first else lambda *text, **how: None
 
     # Where to begin.
-    if args.eval_only:
-        path = (
-            None
-            if "init_from" in given
-            else ranks.on_first(checkpoints.find_to_evaluate, out_dir, args.resume)
-        )
+    if args.eval_only and "init_from" in given:
+        path = None
+    elif args.eval_only:
+        path = ranks.on_first(checkpoints.find_to_evaluate, out_dir, args.resume)
     else:
         ranks.on_first(lambda: held.enter_context(checkpoints.lock(out_dir)) and None)
         path = ranks.on_first(checkpoints.find, out_dir, args.resume)
@@ -149,9 +190,8 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
     )  # fmt: skip
     evaluated = {}
     if args.eval_interval or args.eval_only:
-        val = TokenWindows(
-            find_shards(args.data_dir, "val"), block_size=block_size, vocab_size=config.vocab_size
-        )
+        paths = find_shards(args.data_dir, "val")
+        val = TokenWindows(paths, block_size=block_size, vocab_size=config.vocab_size)
         num_windows = args.eval_iters * args.batch_size
         evaluated["val"] = (val, validation.first(val, num_windows))
         evaluated["train"] = (loader.windows, validation.spread(loader.windows, num_windows))
@@ -164,19 +204,26 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
     # How it is computed.
     dtype = distributed.pick_dtype(args.dtype, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    measure = partial(
-        validation.evaluate, model, evaluated, batch_size=args.batch_size, ranks=ranks, autocast=autocast,
-        interrupted=lambda: stop.number > 0,
-    )  # fmt: skip
+    hellaswag = None
+    if evaluated and args.hellaswag:
+        limit = args.hellaswag_limit if "hellaswag_limit" in given or device.type == "cuda" else 200
+        hellaswag = HellaSwag(ranks, args.hellaswag_data, limit, wait_seconds=None if args.eval_only else 2.0)
+
+    def measure() -> tuple[dict, dict | None]:
+        """Loss and accuracy by set of windows, and HellaSwag's summary where there is one. Uses `model`,
+        which is neither compiled nor wrapped: the same weights, and any shape."""
+        scores = validation.evaluate(
+            model, evaluated, batch_size=args.batch_size, ranks=ranks, autocast=autocast,
+            interrupted=stop.is_set,
+        )  # fmt: skip
+        return scores, hellaswag and hellaswag.score(model, dtype, interrupted=stop.is_set)
+
     if args.eval_only:
-        scores = measure()
-        say(f"{path or args.init_from}\n{scores_block(scores)}")
+        say(f"{path or args.init_from}\n{scores_block(*measure())}")
         return 0
+    betas = (args.beta1, args.beta2)
     optimizer = make_optimizer(
-        model,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        betas=(args.beta1, args.beta2),
+        model, learning_rate=args.learning_rate, weight_decay=args.weight_decay, betas=betas
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     guard = FiniteGuard(ranks, optimizer, scaler, late=device.type == "cuda")
@@ -188,15 +235,13 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
     if progress.step >= args.max_iters and checkpoints.is_finished(out_dir, progress.step):
         say(f"{out_dir}: finished at step {progress.step:,}; with a higher --max_iters it goes on")
         return 0
-    forward = ddp = model
-    if ranks.world_size > 1:
-        forward = ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     compiled = device.type == "cuda" if args.compile is None else args.compile
     if compiled and (problem := distributed.compiler_problem(device)):
         say(f"warning: --compile left out: {problem}", file=sys.stderr)
         compiled = False
-    if compiled:
-        forward = torch.compile(forward)
+    forward = torch.compile(model) if compiled else model
+    if ranks.world_size > 1:
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
 
     # What is about to happen, on the console and for later.
     rate = partial(
@@ -216,14 +261,21 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
         "peak_flops": peak_flops, **provenance(),
     }  # fmt: skip
     log = RunLog(out_dir, enabled=ranks.is_first)
+
+    def note_failure(kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            reason = "not finite" if isinstance(error, NotFinite) else kind.__name__
+            log.write("stop", step=progress.step, reason=f"{reason}: {error}")
+
+    held.push(note_failure)
     if ranks.is_first:
         checkpoints.write_json(out_dir / "config.json", setup)
         log.write("start", step=progress.step, resumed_from=path, **setup)
         print(start_block(setup, f"continues {path}, step {progress.step:,}" if path else "begins anew"))
 
     def save(*names: str) -> bool:
-        """What this point of the run is, under these names in out_dir. A full disk stops nothing: it is said,
-        and the checkpoints there are stay."""
+        """Write this point of the run under these names in out_dir. A full disk stops nothing: it is said,
+        and the checkpoints that are there stay."""
         state = asdict(progress) | {
             "format": checkpoints.FORMAT, "tokens": progress.step * tokens_per_step, "config": vars(args),
             "run": run, "data_fingerprint": fingerprint, "rng": {"seed": args.seed},
@@ -248,7 +300,7 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
             guard.flush()
             distributed.synchronize(device)
             watch.pause()
-            scores = measure()
+            scores, endings = measure()
             if signal_number := stop.agreed_now():
                 break  # evaluated anew when the run goes on
             is_best = scores["val"]["loss"] < progress.best_val_loss
@@ -259,6 +311,7 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
                 "eval", step=progress.step, tokens=progress.step * tokens_per_step, train_loss=progress.loss,
                 val_loss=progress.val_loss, best_val_loss=progress.best_val_loss,
                 perplexity=math.exp(progress.val_loss), accuracy=scores["val"]["accuracy"],
+                **({"hellaswag": endings} if endings else {}),
             )  # fmt: skip
             say(eval_line(record, args.max_iters))
             if ranks.is_first and progress.step > 0:
@@ -280,8 +333,8 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
             if signal_number := stop.agreed():
                 break
             seed_dropout(args.seed, progress.step, micro_step * ranks.world_size + ranks.rank)
-            # DDP looks at this in forward: gradients are exchanged in the last backward only.
-            ddp.require_backward_grad_sync = micro_step == accumulation - 1
+            if ranks.world_size > 1:  # gradients are exchanged in the last backward; DDP asks in forward
+                forward.require_backward_grad_sync = micro_step == accumulation - 1
             with autocast:
                 _, micro_loss = forward(x[micro_step], y[micro_step])
             micro_loss = micro_loss * guard.loss_weight(micro_loss, accumulation)

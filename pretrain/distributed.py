@@ -10,6 +10,8 @@ gloo group of its own, so that asking for it never waits for a GPU.
 
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,6 +152,34 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def meeting_point(rank: int, world_size: int) -> dist.Store:
+    """A key-value store that holds nothing but what these processes write to it.
+
+    The one that torchrun keeps for its workers outlives them, so that after a restart a process may find the
+    address of a dead one there (torch 2.13: "Gloo connectFullMesh failed"), and restart counts differ between
+    nodes. So the first rank gives out a new name, under which all then write: each other rank shows an id of
+    its own, and a name that answers this id comes from a first rank that lives.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+    name = uuid.uuid4().hex
+    if rank > 0:
+        answer = f"answer/{name}"
+        while not store.check([answer]):
+            store.set(f"ask/{rank}", name)
+            time.sleep(0.01)
+        name = store.get(answer).decode()
+        store.set(f"{name}/{rank}", "")
+    waited_for = set(range(1, world_size)) if rank == 0 else set()
+    while waited_for:
+        for other in list(waited_for):
+            if store.check([f"{name}/{other}"]):
+                waited_for.remove(other)
+            elif store.check([f"ask/{other}"]):
+                store.set(f"answer/{store.get(f'ask/{other}').decode()}", name)
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
+
+
 @dataclass
 class Ranks:
     """This process among those that torchrun started; rank 0 of 1 without it."""
@@ -169,10 +199,11 @@ class Ranks:
             torch.cuda.set_device(place)
         if world_size == 1:
             return cls(rank, world_size, place)
+        where = {"store": meeting_point(rank, world_size), "rank": rank, "world_size": world_size}
         if place.type == "cuda":
-            dist.init_process_group("nccl", device_id=place)
+            dist.init_process_group("nccl", device_id=place, **where)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", **where)
         return cls(rank, world_size, place, dist.new_group(backend="gloo"))
 
     @property

@@ -144,9 +144,9 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
             f"data        {flags['data_dir']}: {setup['train_tokens']:,} tokens in"
             f" {setup['train_shards']} shards",
             f"batch       {setup['tokens_per_step']:,} tokens: {flags['batch_size']} sequences x {block_size}"
-            f" x {setup['micro_steps']} micro-steps x {setup['processes']} processes",
-            f"schedule    {flags['max_iters']:,} updates: {setup['max_tokens']:,} tokens, {epochs:.2f} epochs;"
-            f" the last at learning rate {setup['last_learning_rate']:.1e}",
+            f" x {setup['micro_steps']} micro-steps x {setup['processes']} process(es)",
+            f"schedule    {flags['max_iters']:,} updates, {setup['max_tokens']:,} tokens, {epochs:.2f}"
+            f" epochs; learning rate {setup['last_learning_rate']:.1e} at the end",
             f"evaluation  {evaluated}",
             f"device      {setup['device']}, {setup['dtype']}{', compiled' * setup['compiled']}, {peak}",
             f"output      {flags['out_dir']}: {origin}",
@@ -154,13 +154,19 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
     )
 
 
-def scores_block(scores: dict[str, dict[str, float]]) -> str:
-    """An evaluation that stands alone: {"val": {"loss", "accuracy", "tokens"}, ...} as a small table."""
+def scores_block(scores: dict[str, dict[str, float]], hellaswag: dict[str, Any] | None = None) -> str:
+    """An evaluation that stands alone, as a small table. scores: {"val": {"loss", "accuracy", "tokens"},
+    ...}; hellaswag: {"acc", "acc_norm", "n", "style"}."""
     lines = [
         f"{split:5s}  loss {part['loss']:.4f}  perplexity {math.exp(part['loss']):.2f}"
         f"  token accuracy {part['accuracy']:.2%}  ({part['tokens']:,} tokens)"
         for split, part in scores.items()
     ]
+    if hellaswag:
+        lines.append(
+            f"HellaSwag  acc {hellaswag['acc']:.4f}  acc_norm {hellaswag['acc_norm']:.4f}"
+            f"  ({hellaswag['n']:,} examples, {hellaswag['style']} style)"
+        )
     return "\n".join(lines)
 
 

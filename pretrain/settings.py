@@ -27,11 +27,12 @@ def build_parser() -> argparse.ArgumentParser:
     switch = argparse.BooleanOptionalAction
     # fmt: off
     add = parser.add_argument_group("model").add_argument
-    add("--n_layer", type=COUNT, default=12, help="blocks (12; gpt2-medium 24, large 36, xl 48)")
-    add("--n_head", type=COUNT, default=12, help="attention heads (12; 16, 20, 25)")
-    add("--n_embd", type=COUNT, default=768, help="width (768; 1024, 1280, 1600)")
-    add("--block_size", type=COUNT, default=1024, help="tokens of context (1024)")
-    add("--dropout", type=SHARE, default=0.0, help="0 for pretraining; 0.1 or more for small data (0.0)")
+    add("--n_layer", type=COUNT, default=12, help="blocks (%(default)s; gpt2-medium 24, large 36, xl 48)")
+    add("--n_head", type=COUNT, default=12, help="attention heads (%(default)s; 16, 20, 25)")
+    add("--n_embd", type=COUNT, default=768, help="width (%(default)s; 1024, 1280, 1600)")
+    add("--block_size", type=COUNT, default=1024, help="tokens of context (%(default)s)")
+    add("--dropout", type=SHARE, default=0.0,
+        help="0 for pretraining, 0.1 or more for small data (%(default)s)")
     add("--bias", action=switch, default=True, help="biases, as GPT-2 has them (on)")
     add("--init_from", default="scratch", metavar="WHAT",
         help="weights to begin with: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a checkpoint of this "
@@ -44,31 +45,33 @@ def build_parser() -> argparse.ArgumentParser:
              "read (on for up to 2 GB)")
     add = parser.add_argument_group("batch").add_argument
     add("--batch_size", type=COUNT, default=8,
-        help="sequences per process and micro-step; the first thing to lower when memory runs out (8)")
+        help="sequences per process and micro-step; the first thing to lower when memory runs out "
+             "(%(default)s)")
     add("--gradient_accumulation_steps", type=COUNT, default=5, metavar="N",
-        help="micro-steps per update, per process (5)")
+        help="micro-steps per update, per process (%(default)s)")
     add("--total_batch_tokens", type=AMOUNT, default=0, metavar="N",
         help="tokens per update over all processes, for instance 524288; the micro-steps follow from it "
-             "(0: the batch follows from the two flags above)")
+             "(%(default)s: the batch follows from the two flags above)")
     add = parser.add_argument_group("optimizer").add_argument
     add("--max_iters", type=COUNT, default=600000, metavar="N",
-        help="updates in all; raise it to go on with a finished run (600000)")
-    add("--learning_rate", type=REAL, default=6e-4, metavar="LR", help="highest learning rate (6e-4)")
+        help="updates in all; raise it to go on with a finished run (%(default)s)")
+    add("--learning_rate", type=REAL, default=6e-4, metavar="LR", help="highest learning rate (%(default)s)")
     add("--min_lr", type=REAL, default=6e-5, metavar="LR",
-        help="learning rate at the end of the cosine and after; a tenth is usual (6e-5)")
-    add("--warmup_iters", type=AMOUNT, default=2000, metavar="N", help="updates of linear warmup (2000)")
+        help="learning rate at the end of the cosine and after; a tenth is usual (%(default)s)")
+    add("--warmup_iters", type=AMOUNT, default=2000, metavar="N",
+        help="updates of linear warmup (%(default)s)")
     add("--lr_decay_iters", type=AMOUNT, default=600000, metavar="N",
-        help="update at which the cosine ends, usually --max_iters (600000)")
-    add("--weight_decay", type=REAL, default=0.1, help="AdamW's, on matrices only (0.1)")
-    add("--beta1", type=SHARE, default=0.9, help="AdamW's (0.9)")
-    add("--beta2", type=SHARE, default=0.95, help="AdamW's (0.95)")
-    add("--grad_clip", type=REAL, default=1.0, help="largest gradient norm (1.0; 0: any)")
+        help="update at which the cosine ends, usually --max_iters (%(default)s)")
+    add("--weight_decay", type=REAL, default=0.1, help="AdamW's, on matrices only (%(default)s)")
+    add("--beta1", type=SHARE, default=0.9, help="AdamW's (%(default)s)")
+    add("--beta2", type=SHARE, default=0.95, help="AdamW's (%(default)s)")
+    add("--grad_clip", type=REAL, default=1.0, help="largest gradient norm (%(default)s; 0: any)")
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_interval", type=AMOUNT, default=2000, metavar="N",
-        help="updates between evaluations; the start and the end are evaluated too (2000; 0: never)")
+        help="updates between evaluations; the start and the end are evaluated too (%(default)s; 0: never)")
     add("--eval_iters", type=COUNT, default=200, metavar="N",
         help="batches of --batch_size sequences in an evaluation, shared out among the processes: the first "
-             "of the val shards, and as many spread over the train shards (200)")
+             "of the val shards, and as many spread over the train shards (%(default)s)")
     add("--eval_only", action=switch, default=False,
         help="evaluate the newest checkpoint in --out_dir, or that of --resume or --init_from; print, write "
              "nothing, and exit")
@@ -76,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="score HellaSwag at evaluations where its data can be had (on)")
     add("--hellaswag_data", metavar="FILE", help="hellaswag_val.jsonl, also .gz (else downloaded once)")
     add("--hellaswag_limit", type=AMOUNT, metavar="N",
-        help="score the first N examples (all on cuda, 200 elsewhere; 0: all)")
+        help="score N examples, always the same choice (all on cuda, 200 elsewhere; 0: all)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cuda, cuda:N, mps or cpu (the first of these there is)")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto",
@@ -92,12 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resume", default="auto", metavar="auto|never|PATH",
         help="auto: continue the newest good checkpoint in --out_dir, if any. never: start anew, an earlier "
              "run's files are moved aside. A path: continue that one, later ones are moved aside (auto)")
-    add("--keep_checkpoints", type=COUNT, default=3, metavar="N", help="iter-*.pt to keep (3)")
+    add("--keep_checkpoints", type=COUNT, default=3, metavar="N", help="iter-*.pt to keep (%(default)s)")
     add("--checkpoint_interval", type=AMOUNT, default=0, metavar="N",
-        help="updates between saves of resume.pt (0: by time only)")
+        help="updates between saves of resume.pt (%(default)s: by time only)")
     add("--checkpoint_minutes", type=REAL, default=15, metavar="M",
-        help="minutes between saves of resume.pt (15; 0: never)")
-    add("--log_interval", type=COUNT, default=10, metavar="N", help="updates between log lines (10)")
+        help="minutes between saves of resume.pt (%(default)s; 0: never)")
+    add("--log_interval", type=COUNT, default=10, metavar="N", help="updates between log lines (%(default)s)")
     add("--seed", type=AMOUNT, default=1337, help="of weights, data order and dropout (1337)")
     # fmt: on
     return parser

@@ -61,6 +61,10 @@ class StopSignal:
             print(f"signal {number}: nothing to save yet", file=sys.stderr)
             raise SystemExit(128 + number)
 
+    def is_set(self) -> bool:
+        """Whether this rank has received a signal; other ranks may not have yet."""
+        return self.number > 0
+
     def agreed(self) -> int:
         """The signal that some rank had received by the call before, 0 for none: the same on every rank."""
         if self.ranks.world_size == 1:

@@ -1,0 +1,78 @@
+import argparse
+
+import pytest
+
+from pretrain.flags import number, parse
+
+
+@pytest.fixture
+def parser():
+    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--batch_size", type=number(int, minimum=1), default=8)
+    parser.add_argument("--dropout", type=number(float, minimum=0, below=1), default=0.0)
+    parser.add_argument("--dtype", choices=["auto", "float32"], default="auto")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--out_dir", default="checkpoints")
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], None),
+        (["--compile"], True),
+        (["--compile", "True"], True),
+        (["--compile", "false"], False),
+        (["--compile=True"], True),
+        (["--compile=0"], False),
+        (["--no-compile"], False),
+        (["--compile", "--out_dir", "True"], True),
+        (["--compile", "True", "--no-compile"], False),
+    ],
+)
+def test_a_switch_is_understood_in_all_its_forms(parser, words, value):
+    args, _, problems = parse(parser, words)
+    assert args.compile is value and problems == []
+
+
+def test_a_folder_may_be_called_true(parser):
+    assert parse(parser, ["--out_dir", "True"])[0].out_dir == "True"
+
+
+def test_what_was_given_is_told_from_defaults(parser):
+    args, given, problems = parse(parser, ["--batch_size", "8", "--no-compile"])
+    assert (args.batch_size, args.dropout, given, problems) == (8, 0.0, {"batch_size", "compile"}, [])
+
+
+def test_all_mistakes_are_reported_together(parser):
+    words = [
+        "--batch_size",
+        "eight",
+        "--dropout",
+        "1",
+        "--dtype",
+        "int4",
+        "--compile",
+        "maybe",
+        "--drop_out=0.1",
+        "x",
+    ]
+    args, given, problems = parse(parser, [*words, "--out_dir"])
+    assert problems[0] == "--batch_size: 'eight' is not a whole number"
+    assert problems[1] == "--dropout: 1 must be at least 0 and below 1"
+    assert problems[2].startswith("--dtype: invalid choice: 'int4'")
+    assert problems[3] == "--out_dir: expected one argument"
+    assert problems[4:] == [
+        "maybe: unknown",
+        "--drop_out=0.1: unknown (did you mean --dropout?)",
+        "x: unknown",
+    ]
+    assert (args.batch_size, args.dtype, args.compile, given) == (8, "auto", True, {"compile"})
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1.5", ""])
+def test_numbers_out_of_range_are_refused(parser, text):
+    _, _, problems = parse(parser, ["--dropout", text])
+    assert len(problems) == 1 and problems[0].startswith("--dropout: ")
+    _, _, problems = parse(parser, [f"--batch_size={text}"])
+    assert len(problems) == 1 and problems[0].startswith("--batch_size: ")
