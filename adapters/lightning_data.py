@@ -4,6 +4,7 @@ data = LLMDataModule("data/input", batch_size=8, block_size=1024, accumulation_s
 data = LLMDataModule(text=["input.txt"], batch_size=8, block_size=128)
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -89,3 +90,4 @@ class LLMDataModule(LightningDataModule):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.batches_done = state["batches_done"]
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable")  # it begins further on

@@ -28,14 +28,14 @@ from adapters import common, huggingface
 from adapters.hf_tokenizer import build_tokenizer
 from model import GPT
 from pretrain.distributed import environment, pick_dtype
-from pretrain.optim import make_optimizer
+from pretrain.optim import parameter_groups
 from pretrain.runlog import RunLog
 from pretrain.schedule import learning_rate as rate_at
 from pretrain.tokenizer import VOCAB_SIZE
 
 common.require_for(__name__, "lightning", "transformers", "datasets")
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402  (after the check that it is there)
-from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
 
@@ -70,7 +70,7 @@ class BabyGPT(LightningModule):
             model.gradient_checkpointing = gradient_checkpointing
         elif gradient_checkpointing:
             model.config.use_cache = False
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self.step_loss = 0.0
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -105,9 +105,9 @@ class BabyGPT(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         h = self.hparams
-        optimizer = make_optimizer(
-            self.model, learning_rate=h.learning_rate, weight_decay=h.weight_decay, betas=h.betas
-        )
+        # Not fused: with mixed precision Lightning refuses to clip the gradients of a fused optimizer.
+        groups = parameter_groups(self.model, h.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=h.learning_rate, betas=h.betas)
         rate = partial(
             rate_at, max_lr=1.0, min_lr=(0.1 if h.min_lr is None else h.min_lr / h.learning_rate),
             warmup_iters=h.warmup_steps,
@@ -115,6 +115,18 @@ class BabyGPT(LightningModule):
         )  # fmt: skip
         schedule = {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}  # the default is "epoch"
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class SaveAtEnd(Callback):
+    """A checkpoint of the last update, from which a longer run can go on. It is saved while fit() runs: one
+    saved afterwards would count the update twice when it is resumed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == trainer.max_steps:
+            trainer.save_checkpoint(self.path, weights_only=False)
 
 
 class RunLogger(Logger):
@@ -172,6 +184,7 @@ def export(module: BabyGPT, folder: Path) -> None:
 def train(args: argparse.Namespace, given: set[str]) -> None:
     """The run that the flags describe."""
     device, out_dir = common.device(args), Path(args.out_dir)
+    last = out_dir / "last.ckpt"
     accumulation, interval = args.gradient_accumulation_steps, args.eval_interval or args.max_iters
     module, block_size = build_module(args, given)
     data = LLMDataModule(
@@ -196,17 +209,15 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
         num_sanity_val_steps=0,
         log_every_n_steps=args.log_interval,
         logger=RunLogger(log, tokens_per_step),
-        callbacks=[best] if args.eval_interval else [],
+        callbacks=[SaveAtEnd(last), *[best] * (args.eval_interval > 0)],
         enable_checkpointing=args.eval_interval > 0,
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
     )
-    last = out_dir / "last.ckpt"
     if trainer.is_global_zero:
         out_dir.mkdir(parents=True, exist_ok=True)
     log.write("start", resumed_from=last if last.exists() else None, flags=vars(args))
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
-    trainer.save_checkpoint(last, weights_only=False)
     if trainer.is_global_zero:
         if best.best_model_path:
             saved = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
