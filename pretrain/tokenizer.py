@@ -251,7 +251,13 @@ def utf8_buffers(texts: "pa.Array", at: int = 0) -> tuple[np.ndarray, np.ndarray
 
 def _with_end_of_text(ids: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ids of documents that begin at starts[:-1] -> tokens with END_OF_TEXT before each, counts with it."""
-    return np.insert(ids.astype(np.uint16), starts[:-1], END_OF_TEXT), np.diff(starts) + 1
+    documents = len(starts) - 1
+    tokens = np.empty(len(ids) + documents, np.uint16)
+    is_text = np.ones(len(tokens), bool)
+    is_text[starts[:-1] + np.arange(documents)] = False
+    tokens[is_text] = ids
+    tokens[~is_text] = END_OF_TEXT
+    return tokens, np.diff(starts) + 1
 
 
 def _replace_documents(
