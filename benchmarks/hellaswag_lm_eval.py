@@ -1,0 +1,136 @@
+"""hellaswag.py --style lm-eval beside EleutherAI's lm-evaluation-harness, example by example.
+
+The harness needs an environment of its own, so that its versions of other packages leave this one alone:
+
+    $ python -m venv lm_eval_env && lm_eval_env/bin/pip install 'lm_eval[hf]'
+    $ python benchmarks/hellaswag_lm_eval.py --harness lm_eval_env/bin/python
+    218 examples, lm_eval 0.4.13
+    acc       0.2706 and 0.2706
+    acc_norm  0.2569 and 0.2569
+    summed log-likelihoods differ by at most 3.1e-05 nats
+    equal
+
+A model (random with large weights, or --checkpoint) is exported to a Hugging Face folder. The harness runs its
+own task hellaswag on it, with a local file in the place of the data set. The network is used to download that
+file at most, if --data names none. Exit status 1 if any pick or accuracy differs.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, from anywhere
+
+BUNDLED = ROOT / "tests" / "data" / "hellaswag_items.jsonl"  # which has WikiHow's marks
+TASK = """include: {task}
+task: hellaswag_here
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: {data}
+training_split: null
+"""
+
+
+def write_examples(source: Path, limit: int, path: Path) -> None:
+    """`limit` examples of the source and the bundled ones, all with ctx_a and ctx_b, which the harness needs.
+    Where the source has only the whole context, its last sentence is ctx_b."""
+    from hellaswag import load_examples
+
+    with open(path, "w", encoding="utf-8") as file:
+        for example in [*load_examples(source, limit), *load_examples(BUNDLED)]:
+            a, b = example.ctx_a, example.ctx_b
+            if a is None or b is None:
+                before, dot, b = example.ctx.rpartition(". ")
+                a = before + dot.rstrip()
+            texts = {"ctx_a": a, "ctx_b": b, "ctx": f"{a} {b}", "label": str(example.label)}
+            file.write(json.dumps(asdict(example) | texts) + "\n")
+
+
+def random_checkpoint(path: Path) -> None:
+    import torch
+
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=64))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data *= 8  # so that endings differ by whole nats
+    torch.save({"model": model.state_dict(), "model_config": asdict(model.config)}, path)
+
+
+def run_harness(python: str, folder: Path, data: Path, work: Path) -> tuple[str, dict, list[dict]]:
+    """Its version, its accuracies, and its samples in the order of the file."""
+    import_it = "import lm_eval, importlib.metadata as m; print(m.version('lm_eval'), lm_eval.__path__[0])"
+    version, package = subprocess.run(
+        [python, "-c", import_it], capture_output=True, text=True, check=True
+    ).stdout.split(maxsplit=1)
+    task = Path(package.strip()) / "tasks" / "hellaswag" / "hellaswag.yaml"
+    (work / "tasks").mkdir()
+    (work / "tasks" / "hellaswag_here.yaml").write_text(TASK.format(task=task, data=data))
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
+    subprocess.run(
+        [
+            python, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32",
+            "--tasks", "hellaswag_here", "--include_path", work / "tasks", "--device", "cpu",
+            "--batch_size", "16", "--output_path", work / "out", "--log_samples",
+        ],
+        env={**os.environ, **offline, "HF_HOME": str(work / "cache")}, check=True, cwd=work,
+    )  # fmt: skip
+    (results,) = (work / "out").rglob("results_*.json")
+    (samples,) = (work / "out").rglob("samples_*.jsonl")
+    accuracies = json.loads(results.read_text())["results"]["hellaswag_here"]
+    lines = map(json.loads, samples.read_text().splitlines())
+    return version, accuracies, sorted(lines, key=lambda sample: sample["doc_id"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--harness", default=sys.executable, metavar="PYTHON",
+                        help="interpreter of the environment with lm_eval (default: this one)")  # fmt: skip
+    parser.add_argument("--checkpoint", type=Path, help="model to compare with (default: a small random one)")
+    parser.add_argument("--data", type=Path, help="file of examples (default: val, downloaded if need be)")
+    parser.add_argument("--limit", type=int, default=200, help="examples of it (default: 200)")
+    args = parser.parse_args(argv)
+
+    from hellaswag import ensure_data, evaluate, load_examples
+    from model import load_checkpoint
+
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        write_examples(args.data or ensure_data(), args.limit, work / "examples.jsonl")
+        checkpoint = args.checkpoint or work / "random.pt"
+        if not args.checkpoint:
+            random_checkpoint(checkpoint)
+        export = [sys.executable, "-m", "adapters.huggingface", "export", checkpoint.resolve()]
+        subprocess.run([*export, work / "model"], cwd=ROOT, check=True)
+        version, theirs, samples = run_harness(args.harness, work / "model", work / "examples.jsonl", work)
+        model, _ = load_checkpoint(checkpoint)
+        ours = evaluate(model, load_examples(work / "examples.jsonl"), style="lm-eval")
+
+    print(f"{ours.n} examples, lm_eval {version}")
+    equal = True
+    for key in ("acc", "acc_norm"):
+        print(f"{key:9} {getattr(ours, key):.4f} and {theirs[f'{key},none']:.4f}")
+        hits = np.array([sample[key] for sample in samples])
+        picks = ours.picks if key == "acc" else ours.picks_norm
+        equal &= getattr(ours, key) == theirs[f"{key},none"] and bool(((picks == ours.labels) == hits).all())
+    sums = np.array([[float(response[0]) for response in sample["filtered_resps"]] for sample in samples])
+    print(f"summed log-likelihoods differ by at most {np.abs(sums + ours.losses).max():.1e} nats")
+    print("equal" if equal else "NOT EQUAL")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
