@@ -43,6 +43,17 @@ class PositionSampler(DistributedSampler):
             yield from range(position, position + self.batch_size)
 
 
+class ShareSampler(DistributedSampler):
+    """This rank's share of a validation set, every sample once over all ranks. DistributedSampler itself
+    repeats samples to make the shares equal, which changes the mean."""
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+
+
 class LLMDataModule(LightningDataModule):
     """Shards of fineweb.py, or raw text: give data_dir or text. Checkpoints remember how far it was read."""
 
@@ -81,7 +92,8 @@ class LLMDataModule(LightningDataModule):
         return DataLoader(self.train, batch_size=h.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val, batch_size=self.hparams.batch_size)
+        sampler = ShareSampler(self.val, self.trainer.world_size, self.trainer.global_rank)
+        return DataLoader(self.val, batch_size=self.hparams.batch_size, sampler=sampler)
 
     def state_dict(self) -> dict[str, int]:
         """Lightning itself begins an interrupted epoch's data anew when it resumes."""

@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from adapters import common, huggingface
 from adapters.hf_tokenizer import build_tokenizer
 from model import GPT
-from pretrain.distributed import environment, pick_dtype
+from pretrain.distributed import pick_dtype
 from pretrain.optim import parameter_groups
 from pretrain.runlog import RunLog
 from pretrain.schedule import learning_rate as rate_at
@@ -38,6 +38,7 @@ from lightning.pytorch import LightningModule, Trainer  # noqa: E402  (after the
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
+from torchmetrics import MeanMetric  # noqa: E402  (it comes with Lightning)
 
 from adapters.lightning_data import LLMDataModule  # noqa: E402
 
@@ -72,6 +73,7 @@ class BabyGPT(LightningModule):
             model.config.use_cache = False
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.step_loss = 0.0
+        self.val_loss = MeanMetric()
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """int64 (B, T) each, labels one token later -> mean loss, a scalar."""
@@ -94,14 +96,17 @@ class BabyGPT(LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         if isinstance(self.model, GPT):
             loss_sum, _, count = self.model.score(batch["input_ids"], batch["labels"])
-            loss = (loss_sum / count).float()
+            self.val_loss.update(loss_sum / count, count)
         else:
-            loss = self(**batch)
-        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+            self.val_loss.update(self(**batch), batch["labels"].numel())
 
     def on_validation_epoch_end(self) -> None:
-        # Of the mean loss: the mean of the batches' perplexities would be another number.
-        self.log("val_perplexity", self.trainer.callback_metrics["val_loss"].exp())
+        """Log val_loss and val_perplexity: of the mean over all tokens of all processes. What self.log() does
+        with a loss in validation_step is right on one process; with several it divides by rounded counts."""
+        loss = self.val_loss.compute()
+        self.val_loss.reset()
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True)
+        self.log("val_perplexity", loss.exp(), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         h = self.hparams
@@ -134,7 +139,7 @@ class RunLogger(Logger):
 
     name = version = ""
 
-    def __init__(self, log: RunLog, tokens_per_step: int):
+    def __init__(self, log: RunLog, tokens_per_step: int = 0):
         super().__init__()
         self.log, self.tokens_per_step = log, tokens_per_step
 
@@ -192,7 +197,6 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
         batch_size=args.batch_size, block_size=block_size, accumulation_steps=accumulation,
         eval_batches=args.eval_iters, shuffle=args.shuffle, seed=args.seed,
     )  # fmt: skip
-    tokens_per_step = accumulation * args.batch_size * block_size * environment("WORLD_SIZE", 1)
     log = RunLog(out_dir, enabled=rank_zero_only.rank == 0)
     best = ModelCheckpoint(out_dir, "best", monitor="val_loss", mode="min", save_top_k=1, save_last=True,
                            enable_version_counter=False)  # fmt: skip
@@ -208,12 +212,13 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
         limit_val_batches=None if args.eval_interval else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=args.log_interval,
-        logger=RunLogger(log, tokens_per_step),
+        logger=RunLogger(log),
         callbacks=[SaveAtEnd(last), *[best] * (args.eval_interval > 0)],
         enable_checkpointing=args.eval_interval > 0,
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
     )
+    trainer.logger.tokens_per_step = accumulation * args.batch_size * block_size * trainer.world_size
     if trainer.is_global_zero:
         out_dir.mkdir(parents=True, exist_ok=True)
     log.write("start", resumed_from=last if last.exists() else None, flags=vars(args))

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from model import GPT
 from pretrain.loader import ShardLoader
 from pretrain.shards import find_shards
 
+ROOT = Path(__file__).parent.parent
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -181,6 +185,37 @@ def test_raw_text_is_shuffled_anew_every_epoch_and_validated_on_its_end(tmp_path
 
 
 # ---- runs
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+from lightning.pytorch import Trainer
+from adapters.lightning_module import BabyGPT, LLMDataModule, RunLogger
+from pretrain.runlog import RunLog
+from tiny_runs import initial_model
+
+module = BabyGPT(initial_model(), learning_rate=0.01, min_lr=0.001, warmup_steps=1)
+data = LLMDataModule(sys.argv[1], batch_size=2, block_size=16, accumulation_steps=1, seed=3)
+Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", max_steps=4, max_epochs=-1, gradient_clip_val=1.0,
+    val_check_interval=2, check_val_every_n_epoch=None, num_sanity_val_steps=0, log_every_n_steps=1,
+    logger=RunLogger(RunLog(sys.argv[2])), enable_checkpointing=False, enable_progress_bar=False,
+).fit(module, data)
+"""
+
+
+def test_two_processes_train_and_evaluate_like_one_with_twice_the_micro_batches(data_dir, run, tmp_path):
+    """The five validation windows are three on one process and two on the other."""
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, tmp_path / "two.py", data_dir, tmp_path], check=False, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for event, name in (("train", "loss"), ("train", "learning_rate"), ("eval", "val_loss")):
+        assert logged(tmp_path, event, name) == pytest.approx(logged(run, event, name), abs=1e-5)
 
 
 @pytest.mark.parametrize("stop", [4, 9])  # within the first epoch, and within the second
