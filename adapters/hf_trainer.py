@@ -42,6 +42,8 @@ from transformers import (  # noqa: E402  (after the check that they are there)
 )
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
+SCHEDULERS = ("train_gpt2", "cosine", "linear", "inverse_sqrt", "constant_with_warmup")
+
 
 class GPT2Trainer(Trainer):
     """Trainer with train_gpt2.py's schedule, perplexity in evaluations, and losses weighted by key tokens.
@@ -172,7 +174,8 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         logging_nan_inf_filter=False,  # a loss that is not a number should be seen
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
-        train_sampling_strategy="random" if args.text else "sequential",  # windows come in training order
+        # Windows come in training order already.
+        train_sampling_strategy="random" if args.text and args.shuffle else "sequential",
         remove_unused_columns=False,  # it does not know shift_labels
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
@@ -188,6 +191,8 @@ def build_trainer(args: argparse.Namespace, given: set[str]) -> GPT2Trainer:
     key_tokens = load_key_tokens(args.key_tokens) if args.key_tokens else None
     arguments = training_arguments(args)
     ours, block_size = common.build_model(args, given)
+    if not ours.config.bias:
+        raise common.AdapterError("--no-bias: transformers' GPT-2 has biases, and would train them")
     tokenizer = build_tokenizer(ours.config.block_size)
     global_batch = args.batch_size * args.gradient_accumulation_steps * environment("WORLD_SIZE", 1)
     eval_windows = args.eval_iters * args.batch_size
@@ -220,9 +225,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--text", nargs="+", metavar="FILE",
         help=".txt, .jsonl or .parquet files instead of shards; their last tenth is for evaluation")
     add("--text_column", default="text", help="of .jsonl and .parquet files (text)")
-    add("--lr_scheduler", default="train_gpt2", metavar="NAME",
-        help="train_gpt2, or a name that transformers.get_scheduler knows, such as cosine or linear: from 0 "
-             "over --warmup_iters, to 0 at --max_iters (train_gpt2)")
+    add("--lr_scheduler", choices=SCHEDULERS, default=SCHEDULERS[0],
+        help="that of train_gpt2.py, or transformers' of this name, which rises from 0 over --warmup_iters and "
+             "ends at --max_iters (train_gpt2)")
     add("--key_tokens", metavar="FILE",
         help="a GPT-2 token a line; sequences with more of them weigh more, see pretrain/keytokens.py (off)")
     add("--key_token_alpha", type=float, default=1.0, metavar="A", help="factor of these weights (1.0)")

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,18 @@ def test_gradient_checkpointing_changes_memory_and_not_the_losses(data_dir, run,
     )
 
 
+def test_a_run_begins_with_the_weights_of_a_checkpoint(data_dir, tmp_path, capsys):
+    model = initial_model(n_layer=2, block_size=32)
+    torch.save({"model": model.state_dict(), "model_config": asdict(model.config)}, tmp_path / "a.pt")
+    more = ["--init_from", str(tmp_path / "a.pt")]
+    trainer = make_trainer(data_dir, tmp_path, *more, n_layer=2)
+    assert trainer.train_dataset[0]["input_ids"].shape == (16,)  # as --block_size asks
+    assert trainer.model.config.n_positions == 32
+    assert torch.equal(trainer.model.transformer.wpe.weight, model.transformer.wpe.weight)
+    assert train(data_dir, tmp_path, *more, block_size=64) == 1
+    assert "leave out --n_layer, --block_size" in capsys.readouterr().err
+
+
 # ---- raw text
 
 
@@ -289,6 +302,7 @@ def workplace(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
+        (["--no-bias"], "transformers' GPT-2 has biases"),
         (["--init_from", "nowhere.pt"], "nowhere.pt: no such folder"),
         (["--text", "missing.txt"], "missing.txt: no such file"),
         (["--text", "a.txt", "b.jsonl"], "must be all .txt, .jsonl or .parquet"),

@@ -210,8 +210,8 @@ def test_two_processes_train_and_evaluate_like_one_with_twice_the_micro_batches(
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
-        [sys.executable, tmp_path / "two.py", data_dir, tmp_path], check=False, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        [sys.executable, tmp_path / "two.py", data_dir, tmp_path], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for event, name in (("train", "loss"), ("train", "learning_rate"), ("eval", "val_loss")):
