@@ -226,8 +226,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help=".txt, .jsonl or .parquet files instead of shards; their last tenth is for evaluation")
     add("--text_column", default="text", help="of .jsonl and .parquet files (text)")
     add("--lr_scheduler", choices=SCHEDULERS, default=SCHEDULERS[0],
-        help="that of train_gpt2.py, or transformers' of this name, which rises from 0 over --warmup_iters and "
-             "ends at --max_iters (train_gpt2)")
+        help="that of train_gpt2.py, or transformers' of this name, which rises from 0 over --warmup_iters "
+             "and ends at --max_iters (train_gpt2)")
     add("--key_tokens", metavar="FILE",
         help="a GPT-2 token a line; sequences with more of them weigh more, see pretrain/keytokens.py (off)")
     add("--key_token_alpha", type=float, default=1.0, metavar="A", help="factor of these weights (1.0)")
