@@ -14,6 +14,7 @@ Exit status: 0 finished, 1 stopped by an error, 2 the flags are wrong, 128 + n s
 """
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -125,6 +126,7 @@ class HellaSwag:
             thread.join(wait_seconds)
 
     def _find(self, file: str | None) -> None:
+        logging.getLogger("pretrain.remote").setLevel(logging.ERROR)  # its retries are not for this console
         try:
             self._path = str(file or ensure_data())
         except Exception as error:
@@ -163,7 +165,7 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
         ranks.on_first(lambda: held.enter_context(checkpoints.lock(out_dir)) and None)
         path = ranks.on_first(checkpoints.find, out_dir, args.resume)
     saved = checkpoints.load(path, verify=False) if path else None  # the first rank has verified it
-    progress = Progress(**{field.name: saved[field.name] for field in fields(Progress)} if saved else {})
+    progress = Progress(**{f.name: saved[f.name] for f in fields(Progress) if saved and f.name in saved})
     if not (out_dir / checkpoints.BEST).exists():
         progress.best_val_loss = math.inf
 
