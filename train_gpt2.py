@@ -1,7 +1,7 @@
 """Stage 2: train GPT-2 on the shards that fineweb.py made.
 
-    $ python train_gpt2.py --n_layer 4 --n_head 4 --n_embd 256 --block_size 256 --max_iters 2000
-    $ torchrun --nproc_per_node=8 train_gpt2.py --batch_size 8 --compile True      # 124M parameters on 8 GPUs
+    $ torchrun --nproc_per_node=8 train_gpt2.py --config configs/gpt2-124m.yaml    # on 8 GPUs
+    $ python train_gpt2.py --data my.txt --n_layer 4 --n_head 4 --n_embd 256 --block_size 256 --epochs 20
 
     step   2000/600000 | loss  6.1234 | lr 6.00e-04 | norm   0.91 | 1,234,567 tok/s |    265.4 ms | ...
 
@@ -10,6 +10,7 @@ Stop it whenever you like: the same command continues, as if nothing had happene
     best_val_loss.pt, final_model.pt        further names of those (hard links)
     resume.pt                               between evaluations, and when told to stop (SIGTERM, Ctrl-C)
     config.json, metrics.jsonl              what was run, and what came of it: see pretrain/runlog.py
+    data/                                   the shards of --data
 Exit status: 0 finished, 1 stopped by an error, 2 the flags are wrong, 128 + n stopped by signal n.
 """
 
@@ -26,6 +27,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -36,20 +38,31 @@ from model import GPT, GPTConfig, load_checkpoint
 from model import CheckpointError as ModelError
 from pretrain import checkpoint as checkpoints
 from pretrain import distributed, validation
+from pretrain.build import BuildRefused
 from pretrain.checkpoint import CheckpointError
+from pretrain.console import Console
 from pretrain.distributed import Ranks, seed_dropout
-from pretrain.flags import parse
+from pretrain.flags import parse_with_config
+from pretrain.keytokens import key_token_weights, load_key_tokens
 from pretrain.loader import ShardLoader, TokenWindows, verify_data
 from pretrain.optim import make_optimizer
-from pretrain.runlog import RunLog, Stopwatch, eval_line, provenance, scores_block, start_block, train_line
+from pretrain.owntext import prepare, unigram_entropy
+from pretrain.runlog import RunLog, Stopwatch, eval_line, provenance, scores_block, start_block
+from pretrain.sampling import TrainingSamples
 from pretrain.schedule import learning_rate
-from pretrain.settings import build_parser, check
+from pretrain.settings import RIVALS, build_parser, check, set_length
 from pretrain.shards import ShardError, data_fingerprint, find_shards
+from pretrain.source import SourceError
 from pretrain.stopping import FiniteGuard, NotFinite, StopSignal
-from pretrain.tokenizer import TokenizerUnavailable
+from pretrain.tokenizer import TokenizerUnavailable, TokenMismatch
+from pretrain.trackers import TrackerError, open_trackers
 
 __all__ = ["load_checkpoint", "main"]
 SIZES = ("n_layer", "n_head", "n_embd", "bias")
+USER_ERRORS = (
+    BuildRefused, CheckpointError, ModelError, NotFinite, ShardError, SourceError, TokenizerUnavailable,
+    TokenMismatch, TrackerError,
+)  # fmt: skip
 
 
 @dataclass
@@ -61,11 +74,13 @@ class Progress:
     loss: float = math.nan  # of training, as last logged or evaluated
     val_loss: float = math.nan
     best_val_loss: float = math.inf
+    evals_since_best: int = 0
     learning_rate: float = 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, given, problems = parse(build_parser(), sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args, given, problems = parse_with_config(build_parser(), argv, RIVALS)
     problems = problems or check(args, given, distributed.environment("WORLD_SIZE", 1))
     if problems:
         for problem in problems if distributed.environment("LOCAL_RANK", 0) == 0 else ():
@@ -77,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = train(args, given, ranks, stop, held)
         ranks.stop()
         return status
-    except (CheckpointError, ModelError, NotFinite, ShardError) as error:
+    except USER_ERRORS as error:
         if distributed.environment("RANK", 0) == 0 or not getattr(error, "on_all_ranks", False):
             print(f"train_gpt2.py: error: {error}", file=sys.stderr)
         return 1
@@ -108,6 +123,27 @@ def build_model(saved: dict | None, init_from: str, sizes: GPTConfig, asked: set
     model = GPT(replace(config, dropout=sizes.dropout))
     model.load_state_dict(state)
     return model
+
+
+def open_data(
+    args: argparse.Namespace, ranks: Ranks, block_size: int, vocab_size: int
+) -> tuple[ShardLoader, dict[str, tuple[TokenWindows, np.ndarray]]]:
+    """The batches to train on, and by name the windows that evaluations look at, with their numbers."""
+    ranks.together(verify_data, args.data_dir, args.verify_data, ranks.rank, ranks.world_size)
+    micro_tokens = args.batch_size * block_size * ranks.world_size
+    loader = ShardLoader(
+        find_shards(args.data_dir, "train"), batch_size=args.batch_size, block_size=block_size,
+        accumulation_steps=args.total_batch_tokens // micro_tokens or args.gradient_accumulation_steps,
+        rank=ranks.rank, world_size=ranks.world_size, seed=args.seed, shuffle=args.shuffle,
+        stride=args.stride or None, vocab_size=vocab_size, pin_memory=ranks.device.type == "cuda",
+    )  # fmt: skip
+    evaluated = {}
+    if args.eval_interval or args.eval_only:
+        val = TokenWindows(find_shards(args.data_dir, "val"), block_size=block_size, vocab_size=vocab_size)
+        num_windows = args.eval_iters * args.batch_size
+        evaluated["val"] = (val, validation.first(val, num_windows))
+        evaluated["train"] = (loader.windows, validation.spread(loader.windows, num_windows))
+    return loader, evaluated
 
 
 class HellaSwag:
@@ -167,7 +203,7 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
     saved = checkpoints.load(path, verify=False) if path else None  # the first rank has verified it
     progress = Progress(**{f.name: saved[f.name] for f in fields(Progress) if saved and f.name in saved})
     if not (out_dir / checkpoints.BEST).exists():
-        progress.best_val_loss = math.inf
+        progress.best_val_loss, progress.evals_since_best = math.inf, 0
 
     # The model.
     torch.manual_seed(args.seed)
@@ -181,26 +217,18 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
     block_size = args.block_size if "block_size" in from_flags else config.block_size
 
     # The data.
-    ranks.together(verify_data, args.data_dir, args.verify_data, ranks.rank, ranks.world_size)
-    micro_tokens = args.batch_size * block_size * ranks.world_size
-    accumulation = args.total_batch_tokens // micro_tokens or args.gradient_accumulation_steps
-    tokens_per_step = accumulation * micro_tokens
-    loader = ShardLoader(
-        find_shards(args.data_dir, "train"), batch_size=args.batch_size, block_size=block_size,
-        accumulation_steps=accumulation, rank=ranks.rank, world_size=ranks.world_size, seed=args.seed,
-        shuffle=args.shuffle, vocab_size=config.vocab_size, pin_memory=device.type == "cuda",
-    )  # fmt: skip
-    evaluated = {}
-    if args.eval_interval or args.eval_only:
-        paths = find_shards(args.data_dir, "val")
-        val = TokenWindows(paths, block_size=block_size, vocab_size=config.vocab_size)
-        num_windows = args.eval_iters * args.batch_size
-        evaluated["val"] = (val, validation.first(val, num_windows))
-        evaluated["train"] = (loader.windows, validation.spread(loader.windows, num_windows))
+    if args.data:
+        builder = distributed.environment("LOCAL_RANK", 0) == 0
+        args.data_dir = str(prepare(args.data, out_dir / "data", builder=builder))
+    loader, evaluated = open_data(args, ranks, block_size, config.vocab_size)
+    accumulation, tokens_per_step = loader.shape[0], loader.global_batch * block_size
+    if problem := set_length(args, given, loader.steps_per_epoch):
+        say(f"train_gpt2.py: error: {problem}", file=sys.stderr)
+        return 2
     fingerprint = data_fingerprint(args.data_dir)
     run = {name: getattr(sizes if name in from_flags else config, name) for name in SIZES} | {
-        "block_size": block_size, "tokens per update": tokens_per_step, "data": fingerprint[:16],
-        "seed": args.seed, "shuffle": args.shuffle,
+        "block_size": block_size, "stride": loader.windows.stride, "tokens per update": tokens_per_step,
+        "data": fingerprint[:16], "seed": args.seed, "shuffle": args.shuffle,
     }  # fmt: skip
 
     # How it is computed.
@@ -234,8 +262,15 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
         checkpoints.restore_optimizer(optimizer, saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         saved = None  # unmaps the file
-    if progress.step >= args.max_iters and checkpoints.is_finished(out_dir, progress.step):
-        say(f"{out_dir}: finished at step {progress.step:,}; with a higher --max_iters it goes on")
+
+    def is_over() -> bool:
+        patience = args.early_stopping
+        return progress.step >= args.max_iters or bool(patience and progress.evals_since_best >= patience)
+
+    if is_over() and checkpoints.is_finished(out_dir, progress.step):
+        limit = "epochs" if args.epochs else "max_iters"
+        limit = limit if progress.step >= args.max_iters else "early_stopping"
+        say(f"{out_dir}: finished at step {progress.step:,}; with a higher --{limit} it goes on")
         return 0
     compiled = device.type == "cuda" if args.compile is None else args.compile
     if compiled and (problem := distributed.compiler_problem(device)):
@@ -260,7 +295,7 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
         "max_tokens": args.max_iters * tokens_per_step, "last_learning_rate": rate(args.max_iters - 1),
         "train_shards": len(loader.windows.paths), "train_tokens": loader.windows.num_tokens,
         "evaluated_windows": {split: len(numbers) for split, (_, numbers) in evaluated.items()},
-        "peak_flops": peak_flops, **provenance(),
+        "unigram_entropy": unigram_entropy(loader.windows.paths), "peak_flops": peak_flops, **provenance(),
     }  # fmt: skip
     log = RunLog(out_dir, enabled=ranks.is_first)
 
@@ -274,6 +309,19 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
         checkpoints.write_json(out_dir / "config.json", setup)
         log.write("start", step=progress.step, resumed_from=path, **setup)
         print(start_block(setup, f"continues {path}, step {progress.step:,}" if path else "begins anew"))
+        for tracker in open_trackers(args.tensorboard, args.wandb, log.path, progress.step, setup):
+            log.follow(held.enter_context(closing(tracker)))
+    console = Console(args.max_iters, progress.step, enabled=ranks.is_first)
+    say = held.enter_context(closing(console)).say
+    key_tokens = load_key_tokens(args.key_tokens).to(device) if args.key_tokens else None
+    samples = TrainingSamples(args.sample_prompt, args.sample_tokens, args.seed)
+    sample_every = args.sample_interval * args.eval_interval  # updates
+
+    def sample() -> None:
+        with autocast:
+            text = samples.write(model)
+        if text is not None:
+            console.sample(log.write("sample", step=progress.step, prompt=samples.prompt, text=text))
 
     def save(*names: str) -> bool:
         """Write this point of the run under these names in out_dir. A full disk stops nothing: it is said,
@@ -296,7 +344,7 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
     signal_number, watch, lap_step, saved_at = 0, Stopwatch(), progress.step, time.monotonic()
     batches = held.enter_context(closing(loader.prefetch(progress.step, device=device)))
     while True:
-        is_last = progress.step >= args.max_iters
+        is_last = is_over()
         due = is_last or (args.eval_interval and progress.step % args.eval_interval == 0)
         if evaluated and due and progress.step != progress.last_eval_step:
             guard.flush()
@@ -309,6 +357,8 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
             progress.last_eval_step = progress.step
             progress.loss, progress.val_loss = scores["train"]["loss"], scores["val"]["loss"]
             progress.best_val_loss = min(progress.best_val_loss, progress.val_loss)
+            progress.evals_since_best = 0 if is_best else progress.evals_since_best + 1
+            is_last = is_over()
             record = log.write(
                 "eval", step=progress.step, tokens=progress.step * tokens_per_step, train_loss=progress.loss,
                 val_loss=progress.val_loss, best_val_loss=progress.best_val_loss,
@@ -321,6 +371,8 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
                 if save(*names, *[checkpoints.BEST] * is_best, *[checkpoints.FINAL] * is_last):
                     checkpoints.prune(out_dir, args.keep_checkpoints)
                 saved_at = time.monotonic()
+                if args.sample_interval and (is_last or progress.step % sample_every == 0):
+                    sample()
             watch.resume()
         if is_last:
             break
@@ -337,8 +389,11 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
             seed_dropout(args.seed, progress.step, micro_step * ranks.world_size + ranks.rank)
             if ranks.world_size > 1:  # gradients are exchanged in the last backward; DDP asks in forward
                 forward.require_backward_grad_sync = micro_step == accumulation - 1
+            weights = None  # of the sequences in the loss; None: all alike
+            if key_tokens is not None:
+                weights = key_token_weights(x[micro_step], key_tokens, args.key_token_alpha)
             with autocast:
-                _, micro_loss = forward(x[micro_step], y[micro_step])
+                _, micro_loss = forward(x[micro_step], y[micro_step], weights)
             micro_loss = micro_loss * guard.loss_weight(micro_loss, accumulation)
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
@@ -367,7 +422,7 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
                 milliseconds_per_step=1000 * seconds / steps,
                 mfu=flops / peak_flops if peak_flops else None, memory_bytes=distributed.peak_memory(device),
             )  # fmt: skip
-            say(train_line(record, args.max_iters))
+            console.train(record)
         by_step = args.checkpoint_interval and progress.step % args.checkpoint_interval == 0
         by_time = args.checkpoint_minutes and time.monotonic() - saved_at > 60 * args.checkpoint_minutes
         if ranks.is_first and (by_step or by_time) and guard.is_clean():
@@ -384,6 +439,8 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
         return 128 + signal_number if is_saved else 1
     if ranks.is_first and not checkpoints.is_finished(out_dir, progress.step) and not save(checkpoints.FINAL):
         return 1
+    if progress.step < args.max_iters:
+        say(f"stopped early: the validation loss was lowest {progress.evals_since_best} evaluations ago")
     log.write("stop", step=progress.step, reason="finished")
     say(f"finished: {out_dir / checkpoints.FINAL}")
     return 0

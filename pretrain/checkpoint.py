@@ -108,7 +108,8 @@ def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
 
 
 def newest(out_dir: str | Path, *, messages: TextIO | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """The undamaged checkpoint of the highest step in a folder; None when there are none at all.
+    """The undamaged checkpoint of the highest step in a folder; None when there are none at all. Weights
+    without the state of an optimizer, such as imported ones, are no run's checkpoint and are passed over.
 
     A damaged one is passed over with a warning (to stderr by default). Raises CheckpointError when all are
     damaged: starting over in silence would cost the run.
@@ -147,7 +148,10 @@ def find(out_dir: str | Path, resume: str) -> Path | None:
         path, checkpoint = newest(out_dir) or (None, {"step": -1})
         step = checkpoint["step"]
     else:
-        path, step = Path(resume), load(resume)["step"]
+        path, checkpoint = Path(resume), load(resume)
+        if "optimizer" not in checkpoint:
+            raise CheckpointError(f"{path}: weights alone, no run to continue; give them with --init_from")
+        step = checkpoint["step"]
     aside = later_than(out_dir, step)
     if resume == "never":
         aside += [file for name in ("config.json", "metrics.jsonl") if (file := out_dir / name).exists()]
@@ -202,11 +206,14 @@ def prune(out_dir: str | Path, keep: int) -> None:
 
 
 def _steps(out_dir: str | Path) -> tuple[dict[Path, int], dict[Path, str]]:
-    """The step that each *.pt of a folder holds, and why the others cannot be opened. Reads no tensors."""
+    """The step that each *.pt of a run in a folder holds, and why others cannot be opened. Reads no
+    tensors."""
     steps, failures = {}, {}
     for path in sorted(Path(out_dir).glob("*.pt")):
         try:
-            steps[path] = load(path, verify=False)["step"]
+            checkpoint = load(path, verify=False)
+            if "optimizer" in checkpoint:
+                steps[path] = checkpoint["step"]
         except CheckpointError as error:
             failures[path] = str(error)
     return steps, failures

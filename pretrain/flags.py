@@ -5,12 +5,15 @@
 `given` holds the names of the flags that were on the command line, for what depends on a flag being left
 alone. A switch is declared with argparse.BooleanOptionalAction and understood as --compile, --no-compile,
 --compile True and --compile=False.
+
+parse_with_config does the same where a flag --config names a YAML file of flags: `batch_size: 16`.
 """
 
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _UNSET = object()
@@ -41,6 +44,57 @@ def parse(
         problems.append(f"{word}: unknown" + (f" (did you mean {near[0]}?)" if near else ""))
     given = {name: value for name, value in vars(found).items() if value is not _UNSET}
     return argparse.Namespace(**{**defaults, **given}), set(given), problems
+
+
+def parse_with_config(
+    parser: argparse.ArgumentParser, argv: Sequence[str], rivals: Mapping[str, Collection[str]] | None = None
+) -> tuple[argparse.Namespace, set[str], list[str]]:
+    """Like parse, with what the file of --config sets for flags that argv leaves alone.
+
+    rivals: for a flag, those that it puts out of force in the file when it is in argv. Every value in the
+    file is checked as flags are; `given` holds the names in force from either.
+    """
+    args, given, problems = parse(parser, argv)
+    if not args.config:
+        return args, given, problems
+    words, wrong = _read_config(args.config, parser)
+    preset, preset_given, more = parse(parser, words)
+    wrong += [f"{args.config}: {problem.removeprefix('--')}" for problem in more]
+    beaten = {rival for name in given for rival in (rivals or {}).get(name, ())}
+    added = preset_given - given - beaten
+    args = argparse.Namespace(**vars(args) | {name: getattr(preset, name) for name in added})
+    return args, given | added, problems + wrong
+
+
+def _read_config(path: str, parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """(the flags of a YAML file as a command line, problems one line each)."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        return [], [f"--config {path}: cannot be read: {reason}"]
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        return [], [f"--config {path}: not YAML{where}: {getattr(error, 'problem', None) or error}"]
+    if not isinstance(settings, dict):
+        return [], [f"--config {path}: expected lines such as batch_size: 16"]
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    words, problems = [], []
+    for name, value in settings.items():
+        if name not in actions:
+            near = difflib.get_close_matches(str(name), actions, n=1)
+            problems.append(f"{path}: {name}: unknown" + (f" (did you mean {near[0]}?)" if near else ""))
+        elif isinstance(value, list) and actions[name].nargs:
+            words += [f"--{name}", *map(str, value)]
+        elif value is None or isinstance(value, dict | list):
+            shown = "nothing" if value is None else value
+            problems.append(f"{path}: {name}: one value expected, got {shown}")
+        else:
+            words.append(f"--{name}={value}")
+    return words, problems
 
 
 def _spell_switches(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ One JSON object a line, appended, never rewritten. Events:
     start    a process began or resumed here: every flag, the data, the device
     train    one line per --log_interval: step, loss, learning_rate, grad_norm, tokens, tokens_per_second, ...
     eval     train_loss, val_loss, perplexity, accuracy, HellaSwag where its data is at hand
+    sample   prompt, and text: how the model continues it
     stop     why a run ended: finished, signal, not finite
 `step` counts the updates made so far; `tokens` the tokens they were made from. A run that was killed repeats
 the steps after its last checkpoint, so a step can be in the file twice: `last_per_step` keeps the last.
@@ -35,6 +36,7 @@ class RunLog:
         """enabled=False writes nothing: for all ranks but the first."""
         self.enabled = enabled
         self.path = Path(out_dir) / FILE_NAME
+        self._trackers: list[Any] = []
         self._pending = b""
         self._waiting = False  # for room on the disk
         if enabled and self.path.exists() and self.path.stat().st_size:
@@ -57,7 +59,17 @@ class RunLog:
             if not self._waiting:
                 self._waiting = True
                 print(f"warning: {self.path}: {error.strerror}; lines wait for room", file=sys.stderr)
+        for tracker in list(self._trackers):
+            try:
+                tracker.write(record)
+            except Exception as error:  # whatever a package for looking on does is no reason to stop
+                self._trackers.remove(tracker)
+                print(f"warning: {type(tracker).__name__} is left out: {error}", file=sys.stderr)
         return record
+
+    def follow(self, tracker: Any) -> None:
+        """From now on tracker.write gets every record too; see pretrain/trackers.py."""
+        self._trackers.append(tracker)
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -134,6 +146,8 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
     if windows:
         evaluated = ", ".join(f"{count:,} windows of {split}" for split, count in windows.items())
         evaluated += f" every {flags['eval_interval']:,} updates"
+    known = setup["unigram_entropy"]
+    unigram = "" if known is None else f"; {known:.2f} nats a token by frequency alone (unigram entropy)"
     peak = (
         f"peak {setup['peak_flops'] / 1e12:,.0f} TFLOP/s" if setup["peak_flops"] else "peak unknown: no MFU"
     )
@@ -142,7 +156,7 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
             f"model       {setup['parameters'] / 1e6:,.1f}M parameters: {model['n_layer']} layers,"
             f" {model['n_head']} heads, width {model['n_embd']}, context {block_size}",
             f"data        {flags['data_dir']}: {setup['train_tokens']:,} tokens in"
-            f" {setup['train_shards']} shards",
+            f" {setup['train_shards']} shard{'s' * (setup['train_shards'] != 1)}{unigram}",
             f"batch       {setup['tokens_per_step']:,} tokens: {flags['batch_size']} sequences x {block_size}"
             f" x {setup['micro_steps']} micro-steps x {setup['processes']} process(es)",
             f"schedule    {flags['max_iters']:,} updates, {setup['max_tokens']:,} tokens, {epochs:.2f}"

@@ -6,12 +6,13 @@ The model is an argument: anything whose `stream` is that of model.GPT.
 """
 
 import codecs
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from pretrain.tokenizer import END_OF_TEXT
+from pretrain.tokenizer import END_OF_TEXT, TokenizerUnavailable, load_encoding
 
 if TYPE_CHECKING:
     import tiktoken
@@ -61,3 +62,30 @@ def sample_text(
     """The prompt and its continuation; `sampling` as in stream_texts."""
     pieces = stream_texts(model, encoding, [prompt], max_new_tokens, **sampling)
     return prompt + "".join(piece or "" for (piece,) in pieces)
+
+
+class TrainingSamples:
+    """What a model in training makes of one prompt, time after time with the same random numbers."""
+
+    def __init__(self, prompt: str, max_new_tokens: int, seed: int):
+        self.prompt, self.max_new_tokens, self.seed = prompt, max_new_tokens, seed
+        self._left_out = False
+
+    def write(self, model) -> str | None:
+        """The continuation; None, and one warning, where prompt or vocabulary do not fit. Leaves global
+        random numbers alone."""
+        if self._left_out:
+            return None
+        try:
+            encoding, size = load_encoding(), model.config.vocab_size
+            if max(encode_prompt(encoding, self.prompt)) >= size:
+                raise ValueError(f"the model knows {size} tokens, {self.prompt!r} has others")
+            pieces = stream_texts(
+                model, encoding, [self.prompt], self.max_new_tokens, temperature=0.8, top_k=50,
+                seed=self.seed, slide=-(-model.config.block_size // 4),
+            )  # fmt: skip
+            return "".join(piece or "" for (piece,) in pieces)
+        except (TokenizerUnavailable, ValueError) as error:
+            self._left_out = True
+            print(f"warning: samples are left out: {error}", file=sys.stderr)
+            return None

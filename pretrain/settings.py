@@ -6,14 +6,27 @@ machine.
 """
 
 import argparse
+import math
 import os
 
-from pretrain import distributed
+from pretrain import distributed, trackers
+from pretrain.documents import local_source
 from pretrain.flags import number
+from pretrain.keytokens import KeyTokenError, load_key_tokens
+from pretrain.owntext import is_shard_folder
 from pretrain.shards import DEFAULT_DATA_DIR, ShardError, find_shards
+from pretrain.source import SourceError
+from pretrain.tokenizer import TokenizerUnavailable
 
 COUNT, AMOUNT = number(int, minimum=1), number(int, minimum=0)
 REAL, SHARE = number(float, minimum=0), number(float, minimum=0, below=1)
+
+# A flag on the command line puts these of a --config file out of force.
+RIVALS = {
+    "data": {"data_dir"}, "data_dir": {"data"}, "max_iters": {"epochs"},
+    "epochs": {"max_iters", "lr_decay_iters"}, "total_batch_tokens": {"gradient_accumulation_steps"},
+    "gradient_accumulation_steps": {"total_batch_tokens"},
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,6 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     switch = argparse.BooleanOptionalAction
     # fmt: off
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of flags, such as those in configs/: "
+        "lines like batch_size: 16; flags of the command line win")
     add = parser.add_argument_group("model").add_argument
     add("--n_layer", type=COUNT, default=12, help="blocks (%(default)s; gpt2-medium 24, large 36, xl 48)")
     add("--n_head", type=COUNT, default=12, help="attention heads (%(default)s; 16, 20, 25)")
@@ -39,6 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
              "program, or a folder in Hugging Face's format; sizes come with the weights (scratch)")
     add = parser.add_argument_group("data").add_argument
     add("--data_dir", default=DEFAULT_DATA_DIR, metavar="DIR", help=f"shards ({DEFAULT_DATA_DIR})")
+    add("--data", nargs="+", metavar="PATH",
+        help="one's own text instead: files, folders or patterns as for fineweb.py --source. Their shards go "
+             "to OUT_DIR/data: the first tenth of the tokens for validation, the rest for training. A "
+             "folder of shards is taken as it is")
+    add("--stride", type=AMOUNT, default=0, metavar="N",
+        help="tokens between the starts of training windows: half of --block_size gives a small text twice "
+             "as many windows, that overlap; validation windows never do (%(default)s: --block_size)")
     add("--shuffle", action=switch, default=True, help="a new order every epoch; else file order (on)")
     add("--verify_data", action=switch, default=None,
         help="hash all shards before starting. Headers and sizes are always checked, and ids as they are "
@@ -55,6 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("optimizer").add_argument
     add("--max_iters", type=COUNT, default=600000, metavar="N",
         help="updates in all; raise it to go on with a finished run (%(default)s)")
+    add("--epochs", type=REAL, default=0, metavar="N",
+        help="instead of --max_iters: until every training window was used N times (0.5: half of them). The "
+             "cosine ends there too, and the warmup takes a tenth of it at most, unless their flags are "
+             "given (%(default)s: by --max_iters)")
     add("--learning_rate", type=REAL, default=6e-4, metavar="LR", help="highest learning rate (%(default)s)")
     add("--min_lr", type=REAL, default=6e-5, metavar="LR",
         help="learning rate at the end of the cosine and after; a tenth is usual (%(default)s)")
@@ -72,6 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval_iters", type=COUNT, default=200, metavar="N",
         help="batches of --batch_size sequences in an evaluation, shared out among the processes: the first "
              "of the val shards, and as many spread over the train shards (%(default)s)")
+    add("--early_stopping", type=AMOUNT, default=0, metavar="PATIENCE",
+        help="end the run after so many evaluations in a row without a new lowest validation loss; "
+             "best_val_loss.pt has that (%(default)s: never)")
     add("--eval_only", action=switch, default=False,
         help="evaluate the newest checkpoint in --out_dir, or that of --resume or --init_from; print, write "
              "nothing, and exit")
@@ -80,6 +109,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hellaswag_data", metavar="FILE", help="hellaswag_val.jsonl, also .gz (else downloaded once)")
     add("--hellaswag_limit", type=AMOUNT, metavar="N",
         help="score N examples, always the same choice (all on cuda, 200 elsewhere; 0: all)")
+    add("--sample_interval", type=AMOUNT, default=1, metavar="N",
+        help="evaluations from one sample of the model's text to the next, at temperature 0.8 from the 50 "
+             "likeliest tokens (%(default)s: at each but that of step 0; 0: never)")
+    add("--sample_prompt", default="Hello, I'm a language model,", metavar="TEXT",
+        help='what it continues; "" begins a document (%(default)r)')
+    add("--sample_tokens", type=COUNT, default=40, metavar="N", help="tokens it adds (%(default)s)")
+    add = parser.add_argument_group("weights of sequences").add_argument
+    add("--key_tokens", metavar="FILE",
+        help="train on the mean over sequences of A x (1 + number of key tokens in it) x (mean loss of it), "
+             "which is then the training loss that is logged; evaluations weigh nothing. FILE has the text "
+             "of one GPT-2 token a line, where ' river' and 'river' are two (off)")
+    add("--key_token_alpha", type=REAL, default=1.0, metavar="A", help="A above (%(default)s)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cuda, cuda:N, mps or cpu (the first of these there is)")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto",
@@ -101,7 +142,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint_minutes", type=REAL, default=15, metavar="M",
         help="minutes between saves of resume.pt (%(default)s; 0: never)")
     add("--log_interval", type=COUNT, default=10, metavar="N", help="updates between log lines (%(default)s)")
-    add("--seed", type=AMOUNT, default=1337, help="of weights, data order and dropout (1337)")
+    add("--tensorboard", action=switch, default=False,
+        help="the metrics also as TensorBoard's files, in OUT_DIR/tensorboard (off)")
+    add("--wandb", action=switch, default=False,
+        help="the metrics also to Weights & Biases; WANDB_MODE=offline keeps them in OUT_DIR/wandb (off)")
+    add("--seed", type=AMOUNT, default=1337, help="of weights, data order, dropout and samples (1337)")
     # fmt: on
     return parser
 
@@ -113,7 +158,7 @@ def check(args: argparse.Namespace, given: set[str], world_size: int) -> list[st
         problems.append(f"--n_embd {args.n_embd}: not a multiple of --n_head {args.n_head}")
     if args.min_lr > args.learning_rate:
         problems.append(f"--min_lr {args.min_lr}: above --learning_rate {args.learning_rate}")
-    if args.warmup_iters > args.lr_decay_iters:
+    if args.warmup_iters > args.lr_decay_iters and not args.epochs:
         problems.append(f"--warmup_iters {args.warmup_iters}: after --lr_decay_iters {args.lr_decay_iters}")
     smallest = args.batch_size * args.block_size * world_size  # tokens in a micro-step of all processes
     if args.total_batch_tokens % smallest:
@@ -123,17 +168,63 @@ def check(args: argparse.Namespace, given: set[str], world_size: int) -> list[st
         )
     if args.total_batch_tokens and "gradient_accumulation_steps" in given:
         problems.append("--total_batch_tokens and --gradient_accumulation_steps: give one of them")
+    if args.epochs and "max_iters" in given:
+        problems.append("--epochs and --max_iters: give one of them")
+    if args.data and "data_dir" in given:
+        problems.append("--data and --data_dir: give one of them")
+    if args.early_stopping and not args.eval_interval:
+        problems.append("--early_stopping: needs evaluations, but --eval_interval is 0")
     try:
         distributed.pick_device(args.device, distributed.environment("LOCAL_RANK", 0))
     except ValueError as error:
         problems.append(f"--device {error}")
-    try:
-        for split in ("train", "val") if args.eval_interval or args.eval_only else ("train",):
-            find_shards(args.data_dir, split)
-    except ShardError as error:
-        problems.append(f"--data_dir {error}")
+    problems += _check_data(args) + _check_key_tokens(args, given)
+    for package in trackers.PACKAGES:
+        if getattr(args, package) and (problem := trackers.missing(package)):
+            problems.append(f"--{package} {problem}")
     if args.resume not in ("auto", "never") and not os.path.isfile(args.resume):
         problems.append(f"--resume {args.resume}: no such file (and neither auto nor never)")
     if args.hellaswag_data and not os.path.isfile(args.hellaswag_data):
         problems.append(f"--hellaswag_data {args.hellaswag_data}: no such file")
     return problems
+
+
+def _check_data(args: argparse.Namespace) -> list[str]:
+    own_text = args.data and not (len(args.data) == 1 and is_shard_folder(args.data[0]))
+    try:
+        if own_text:
+            local_source(args.data)
+        for split in ("train", "val") if args.eval_interval or args.eval_only else ("train",):
+            if not own_text:
+                find_shards(args.data[0] if args.data else args.data_dir, split)
+    except (SourceError, ShardError) as error:
+        return [f"--{'data' if args.data else 'data_dir'} {error}"]
+    return []
+
+
+def _check_key_tokens(args: argparse.Namespace, given: set[str]) -> list[str]:
+    if not args.key_tokens:
+        return ["--key_token_alpha: needs --key_tokens"] if "key_token_alpha" in given else []
+    try:
+        load_key_tokens(args.key_tokens)
+    except (KeyTokenError, TokenizerUnavailable) as error:
+        return [f"--key_tokens {error}"]
+    return []
+
+
+def set_length(args: argparse.Namespace, given: set[str], steps_per_epoch: float) -> str | None:
+    """Turn --epochs, where given, into --max_iters, and set what follows from it. Returns what contradicts
+    it."""
+    if not args.epochs:
+        return None
+    args.max_iters = math.ceil(args.epochs * steps_per_epoch)
+    if "lr_decay_iters" not in given:
+        args.lr_decay_iters = args.max_iters
+    if "warmup_iters" not in given:
+        args.warmup_iters = min(args.warmup_iters, args.max_iters // 10)
+    if args.warmup_iters > args.lr_decay_iters:
+        return (
+            f"--warmup_iters {args.warmup_iters}: after --lr_decay_iters {args.lr_decay_iters}"
+            f" ({args.epochs:g} epochs are {args.max_iters:,} updates)"
+        )
+    return None

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 
 def make(step, seed=0):
     weights = torch.randn(64, 33, generator=torch.Generator().manual_seed(seed + step))
-    return {"format": 1, "step": step, "model": {"weight": weights}, "config": {"flags": ["a", 1.5, None]}}
+    model, config = {"weight": weights}, {"flags": ["a", 1.5, None]}
+    return {"format": 1, "step": step, "model": model, "optimizer": {}, "config": config}
 
 
 def same(a, b):
@@ -75,7 +76,7 @@ def after_rename():
         die()
     os.replace = rename_and_die
 
-old, new = ({{"format": 1, "step": n, "w": torch.full((100, 100), float(n))}} for n in (1, 2))
+old, new = ({{"format": 1, "optimizer": 0, "step": n, "w": torch.full((100, 100), float(n))}} for n in (1, 2))
 for moment in (in_write, before_sync, before_rename, after_rename):
     path = os.path.join(folder, moment.__name__ + ".pt")
     checkpoint.save(path, old)

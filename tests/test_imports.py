@@ -12,7 +12,8 @@ SCRIPTS = {"fineweb", "train_gpt2", "hellaswag", "sample"}
 FRAMEWORKS = {"lightning", "pytorch_lightning", "accelerate", "transformers"}
 TORCH_FREE = (
     "tokenizer", "documents", "source", "hub", "remote", "parquet", "textfile", "estimate",
-    "shards", "build", "packing", "pipeline", "verify", "schedule", "runlog", "report",
+    "shards", "build", "packing", "pipeline", "verify", "schedule", "runlog", "report", "owntext",
+    "trackers", "console", "flags",
 )  # fmt: skip
 WITHOUT_MODEL = ("loader", "optim", "checkpoint", "distributed", "sampling", "validation")
 
