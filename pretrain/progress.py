@@ -35,7 +35,8 @@ class ConsoleProgress:
 
         self.close()
         self.what, self.before, self.shards = what, manifest.tokens, len(manifest.shards)
-        self.tokens = self.text_bytes = self.stored_bytes = 0  # of this pass
+        self.tokens = self.text_bytes = 0  # of this pass
+        self.read_tokens = self.read_bytes = 0  # of units read to their ends: tokens, stored bytes
         self.unit, self.t0 = None, time.perf_counter()
         self.line_at = self.t0 + LINE_SECONDS
         self.bar = tqdm(
@@ -49,9 +50,10 @@ class ConsoleProgress:
         )
 
     def batch(self, batch: TokenBatch) -> None:
-        if batch.unit != self.unit:
-            self.unit = batch.unit
-            self.stored_bytes += batch.unit.num_bytes
+        if self.unit is not None and batch.unit != self.unit:
+            self.read_tokens = self.tokens
+            self.read_bytes += self.unit.num_bytes
+        self.unit = batch.unit
         self.tokens += len(batch.tokens)
         self.text_bytes += batch.text_bytes
         seconds = max(1e-6, time.perf_counter() - self.t0)
@@ -67,10 +69,10 @@ class ConsoleProgress:
             print(f"{self.what}: {of}, {rounded(rate)} tokens/s, {state}, {minutes:.1f} min left", flush=True)
 
     def total_tokens(self) -> int:
-        """All tokens there will be: first the estimate, then from the stored bytes per token so far."""
+        """All tokens there will be: first the estimate, then from the tokens per stored byte so far."""
         tokens = self.expected.tokens
-        if self.tokens > 1_000_000:
-            tokens = self.expected.text_bytes * self.tokens / max(1, self.stored_bytes)
+        if self.read_tokens > 1_000_000 and self.read_bytes:
+            tokens = self.expected.text_bytes * self.read_tokens / self.read_bytes
         return int(min(max(tokens, self.before + self.tokens), self.max_tokens or tokens))
 
     def shard(self, shard: Shard) -> None:
