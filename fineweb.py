@@ -211,6 +211,7 @@ def build(args: argparse.Namespace) -> int:
     from pretrain.build import Settings, Work, build_shards, refuse_changes, refuse_differences
     from pretrain.documents import hub_source, local_source
     from pretrain.estimate import estimate
+    from pretrain.pipeline import MAX_THREADS, cores
     from pretrain.progress import ConsoleProgress
     from pretrain.shards import Manifest
     from pretrain.tokenizer import Tokenizer
@@ -232,7 +233,8 @@ def build(args: argparse.Namespace) -> int:
     if source is None:
         hub = {"name": args.name, "split": args.split, "revision": revision, "text_column": args.text_column}
         source = hub_source(args.dataset, **hub)
-    tokenizer = Tokenizer(args.tokenizer_backend, check_every=args.check_every)
+    parallel = args.num_proc in (None, 1) and cores() > MAX_THREADS  # else there are enough of ours
+    tokenizer = Tokenizer(args.tokenizer_backend, args.check_every, parallel)
     num_proc = args.num_proc or (1 if tokenizer.backend == "gigatoken" else min(8, cores()))
     work = Work(tokenizer, num_proc, on_bad_document=args.on_bad_document)
     expected = estimate(source, work.count_tokens)
@@ -244,10 +246,6 @@ def build(args: argparse.Namespace) -> int:
         manifest = build_shards(source, folder, settings, work, name=name, expected_tokens=expected.tokens)
     print_result(folder, manifest)
     return 0
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def print_plan(folder: Path, source, settings, expected, manifest) -> str | None:
@@ -307,11 +305,10 @@ def print_result(folder: Path, manifest) -> None:
 def print_token_count(manifest) -> None:
     """Compare with what the source's token_count column (FineWeb has one) says of the same documents."""
     counts = [shard.token_count for shard in manifest.shards if shard.token_count]
-    if counts:
-        source, written = (sum(each[key] for each in counts) for key in ("source", "written"))
-        share = (written - source) / max(1, source)
+    source, written = (sum(each[key] for each in counts) for key in ("source", "written"))
+    if source:
         counted = f"{source:,} says the source, {written:,} were written"
-        print(f"token_count: {counted}: {written - source:+,} ({share:+.4%})")
+        print(f"token_count: {counted}: {written - source:+,} ({(written - source) / source:+.4%})")
 
 
 def plural(noun: str, number: int) -> str:
@@ -407,7 +404,6 @@ def main(argv=None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    if code:  # at once: a thread that still waits for the network must not hold up the end
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: no thread that waits for the network may hold up the end

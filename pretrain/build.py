@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from pretrain import arrow
 from pretrain.documents import Position, Source, SourceError, plan_units
 from pretrain.estimate import estimate
 from pretrain.packing import Packer
@@ -20,6 +23,7 @@ from pretrain.tokenizer import END_OF_TEXT, TOKENIZER_NAME, VOCABULARY_SHA256, T
 
 SMALL_SHARE = 0.1  # of a source with fewer than two shards goes to validation
 KEPT_TOKENS = 200_000_000  # of a source that is counted first stay in memory, so that it is read once
+SAMPLE_BYTES = 1 << 18  # of text are tokenized to estimate how many tokens a batch has
 LOCK = ".lock"
 
 
@@ -86,11 +90,14 @@ class Work:
     progress: Progress = field(default_factory=Progress)
 
     def count_tokens(self, texts) -> int:
-        """About how many tokens an Arrow array of documents has."""
+        """About how many tokens an Arrow array of documents has, from the first of them."""
+        ends = np.cumsum(arrow.lengths(texts))
+        sample = texts[: 1 + int(np.searchsorted(ends, SAMPLE_BYTES))]
         try:
-            return len(self.tokenizer.encode_documents(texts)[0])
-        except TokenMismatch:
-            return texts.nbytes // 4  # tokenize_unit will stop there and say where
+            tokens = len(self.tokenizer.encode_documents(sample)[0])
+        except TokenMismatch:  # tokenize_unit will stop there and say where
+            tokens = sample.nbytes // 4
+        return round(tokens * ends[-1] / ends[len(sample) - 1]) if len(sample) else 0
 
     def batches(self, what: str, source: Source, manifest: Manifest) -> Iterator[TokenBatch]:
         """The source's tokens from the document at which the manifest ends, all of this one, to the last."""

@@ -30,7 +30,7 @@ NUM_CODE_POINTS = 0x110000
 LETTER, NUMBER, OTHER, SPACE = range(4)
 
 # gigatoken 0.10 remembers the tokens of every word it has met and never forgets one.
-MAX_CACHE_BYTES = 256 << 20  # growth of the process that makes it start afresh
+MAX_CACHE_BYTES = 512 << 20  # growth of the process that makes it start afresh
 MAX_CACHED_TEXT = 1 << 30  # bytes of text after which it does, where the size of the process is not known
 SCAN_BYTES = 256 << 10  # searched at a time: fits a core's cache
 
@@ -40,16 +40,16 @@ class FastBPE:
 
     `inexact`: the code points (int64) that gigatoken classes otherwise than tiktoken does. `parallel`: on all
     cores (True), on one (False), or on all except in a multiprocessing worker (None).
+
+    Threads encode side by side: gigatoken lets one at a time use a tokenizer, so there are as many of these
+    as threads at work.
     """
 
     def __init__(self, tokens: list[bytes], inexact: np.ndarray, parallel: bool | None = None):
         self.tokens = tokens
         self.inexact = CodePointSet(inexact)
         self.parallel = parallel
-        self._start_afresh()
-
-    def _start_afresh(self) -> None:
-        self._tokenizer = load_gigatoken(self.tokens)  # the one before goes, and its cache with it
+        self._free = [load_gigatoken(tokens)]
         self._text_bytes, self._bytes_at_start = 0, resident_bytes()
 
     def encode(self, data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -58,11 +58,19 @@ class FastBPE:
         Returns the ids of all documents (uint32) and where each begins and ends in them (int64, one more than
         documents). No special token exists here: a literal <|endoftext|> is ordinary text.
         """
-        encoded = self._tokenizer.encode_batch(awkward_strings(data, offsets), parallel=self.parallel).layout
+        try:
+            tokenizer = self._free.pop()
+        except IndexError:
+            tokenizer = load_gigatoken(self.tokens)
+        encoded = tokenizer.encode_batch(awkward_strings(data, offsets), parallel=self.parallel).layout
         ids, starts = np.asarray(encoded.content.data), np.asarray(encoded.offsets.data)
         self._text_bytes += len(data)
         if self._cache_is_full():
-            self._start_afresh()
+            self._free.clear()
+            del tokenizer  # the last one: their caches go with them
+            self._text_bytes, self._bytes_at_start = 0, resident_bytes()
+        else:
+            self._free.append(tokenizer)
         return ids, starts
 
     def _cache_is_full(self) -> bool:

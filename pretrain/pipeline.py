@@ -26,9 +26,10 @@ from pretrain import arrow
 from pretrain.documents import Source, SourceError, Unit, place, read_unit
 from pretrain.tokenizer import Tokenizer, TokenMismatch
 
-UNIT_BYTES = 16 << 20  # stored bytes of text in a unit: large enough to start, small enough to keep all busy
-THREADS = 4  # that read and tokenize in one process: while some wait for disk or network, others compute
-WAITING_RESULTS = 2  # batches that a unit may be ahead of the packer: bounds the memory
+UNIT_BYTES = 8 << 20  # stored bytes of text in a unit: a few batches, so that their order holds nobody up
+MAX_THREADS = 8  # that read and tokenize in one process: on more cores gigatoken starts threads of its own
+HUB_THREADS = 4  # at least, where they wait for the network
+WAITING_RESULTS = 4  # batches that a unit may be ahead of the packer: bounds the memory
 
 Task = tuple[Unit, int]  # and the number of its rows to leave out
 T = TypeVar("T")
@@ -93,18 +94,24 @@ def tokenize_units(
 ) -> Iterator[TokenBatch]:
     """The units' tokens in order; of the first unit the first `skip_rows` rows are left out.
 
-    num_proc 1: threads of this process, with which gigatoken keeps all cores busy. More: that many worker
-    processes, each on one core. Raises SourceError when a document or a worker fails.
+    num_proc 1: threads of this process. More: that many worker processes, each on one core. Raises
+    SourceError when a document or a worker fails.
     """
     work = functools.partial(
         tokenize_unit, source=source, tokenizer=tokenizer, on_bad_document=on_bad_document
     )
     tasks = ((unit, skip_rows if i == 0 else 0) for i, unit in enumerate(units))
     if num_proc == 1:
-        yield from run_in_order(tasks, [work] * THREADS)
+        threads = max(min(cores(), MAX_THREADS), HUB_THREADS if source.files[0].url else 1)
+        yield from run_in_order(tasks, [work] * threads)
         return
     with worker_processes(num_proc, work) as workers:
         yield from run_in_order(tasks, workers)
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_in_order(tasks: Iterable[T], lanes: Sequence[Callable[[T], Iterator[R]]]) -> Iterator[R]:

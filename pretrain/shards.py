@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -151,7 +152,7 @@ class ShardWriter:
         self.path, self.expected, self.tokens = path, tokens, 0
         self.temporary = path.with_name(f"{path.name}.tmp")
         self.file = open(self.temporary, "w+b", buffering=0)  # noqa: SIM115  closed by close or abort
-        self.sha256 = hashlib.sha256()
+        self.sha256, self.hasher = hashlib.sha256(), ThreadPoolExecutor(1)
         try:
             self._write(shard_header(tokens))
         except BaseException:
@@ -160,14 +161,14 @@ class ShardWriter:
 
     def _write(self, data) -> None:
         view = memoryview(data).cast("B")
-        self.sha256.update(view)
+        hashing = self.hasher.submit(self.sha256.update, view)  # beside the writing: both take a while
         try:
             while view:  # unbuffered: a large write may be taken in parts
                 view = view[self.file.write(view) :]
-        except OSError as error:
-            raise OSError(
-                error.errno, error.strerror, str(self.path)
-            ) from None  # a handle's errors name no file
+        except OSError as error:  # one of a handle names no file
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        finally:
+            hashing.result()
 
     def write(self, tokens: np.ndarray) -> None:
         """Append `tokens`, (n,) uint16."""
@@ -185,6 +186,7 @@ class ShardWriter:
                 self.sha256.update(block)
         os.fsync(self.file.fileno())
         self.file.close()
+        self.hasher.shutdown()
         os.replace(self.temporary, self.path)
         sync_folder(self.path.parent)
         return self.sha256.hexdigest()
@@ -192,6 +194,7 @@ class ShardWriter:
     def abort(self) -> None:
         """Give up: nothing of this shard remains."""
         self.file.close()
+        self.hasher.shutdown()
         self.temporary.unlink(missing_ok=True)
 
 

@@ -201,7 +201,7 @@ def main(*args) -> int:
 def test_shards_are_those_of_a_plain_loop_for_any_unit_and_shard_size(tmp_path, texts, kind):
     tokens = encode(write_source(tmp_path / "in", kind, texts))
     manifests = set()
-    for unit_bytes in (1, 999, 20_000, 1 << 24):
+    for unit_bytes in (200, 20_000, 1 << 24):
         for shard_size in (1_000, 4_321):
             out = tmp_path / f"{unit_bytes}-{shard_size}"
             source = local_source([tmp_path / "in"])
