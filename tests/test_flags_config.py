@@ -27,11 +27,11 @@ def parsed(text, folder, *argv):
 
 
 def test_a_file_sets_flags_as_the_command_line_does_and_the_command_line_wins(tmp_path):
-    text = "batch_size: 16\nlearning_rate: 6e-4\ncompile: false\nbias: no\ndata: [a.txt, b.txt]\nout_dir: here"
+    text = "batch_size: 16\nlearning_rate: 6e-4\ncompile: false\nbias: no\ndata: [a.txt, b.txt]\nout_dir: x"
     args, given, problems = parsed(text, tmp_path, "--batch_size", "4")
     assert problems == []
     assert (args.batch_size, args.learning_rate, args.compile, args.bias) == (4, 6e-4, False, False)
-    assert (args.data, args.out_dir, args.n_layer) == (["a.txt", "b.txt"], "here", 12)
+    assert (args.data, args.out_dir, args.n_layer) == (["a.txt", "b.txt"], "x", 12)
     assert given == {"config", "batch_size", "learning_rate", "compile", "bias", "data", "out_dir"}
 
 
@@ -70,7 +70,7 @@ def test_a_flag_puts_its_rival_in_the_file_out_of_force(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_that_is_shipped_is_understood(path):
-    args, given, problems = parse_with_config(build_parser(), ["--config", str(path)], RIVALS)
+    args, _, problems = parse_with_config(build_parser(), ["--config", str(path)], RIVALS)
     assert problems == []
     assert args.out_dir == f"checkpoints/{path.stem}" and args.lr_decay_iters == args.max_iters
     world = 8 if args.total_batch_tokens else 1

@@ -426,8 +426,8 @@ def test_saves_between_evaluations_keep_to_their_intervals(flags, tmp_path, monk
 def test_a_number_that_is_not_finite_stops_the_run_before_the_update(flags, whole, tmp_path, capfd, at):
     real, calls = GPT.forward, []
 
-    def forward(self, idx, targets=None):
-        _, loss = real(self, idx, targets)
+    def forward(self, idx, targets=None, weights=None):
+        _, loss = real(self, idx, targets, weights)
         calls.append(1)
         if len(calls) == 2 * 6:  # the second micro-step of step 5
             loss = loss * math.inf if at == "loss" else loss + (loss - loss.detach()) * math.nan

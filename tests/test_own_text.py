@@ -1,0 +1,360 @@
+"""Training on one's own text: its shards, the end of a run, weights of sequences, samples, trackers."""
+
+import json
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_runs import SETTINGS, flags, initial_model, logged, write_shards
+
+import train_gpt2
+from model import load_checkpoint
+from pretrain import owntext, trackers
+from pretrain.console import Console
+from pretrain.loader import ShardLoader, TokenWindows
+from pretrain.owntext import prepare, unigram_entropy
+from pretrain.runlog import RunLog, last_per_step, read_log
+from pretrain.schedule import learning_rate
+from pretrain.shards import find_shards, open_shard
+from pretrain.tokenizer import END_OF_TEXT, load_encoding
+
+DOCUMENTS = [f"The mill by the river has {n} wheels, and each of them turns {n * n} times." for n in range(9)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "mills.txt"
+    path.write_text("\n<|endoftext|>\n".join(DOCUMENTS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+def tokens_of(folder, split):
+    return np.concatenate([open_shard(path) for path in find_shards(folder, split)])
+
+
+def train(data_dir, out_dir, *more, **changes):
+    return train_gpt2.main([*flags(data_dir, out_dir, hellaswag=False, **changes), *more])
+
+
+# ---- text
+
+
+def test_a_text_becomes_a_tenth_for_validation_and_the_rest_for_training(text, tmp_path, capfd):
+    assert train(None, tmp_path / "out", "--data", str(text)) == 0
+    encoding = load_encoding()
+    expected = []
+    for document in text.read_text(encoding="utf-8").split("<|endoftext|>\n"):
+        expected += [END_OF_TEXT, *encoding.encode_ordinary(document)]
+    val, training = (tokens_of(tmp_path / "out" / "data", split).tolist() for split in ("val", "train"))
+    assert val + training == expected
+    assert len(val) == len(expected) // 10
+    windows = TokenWindows(find_shards(tmp_path / "out" / "data", "val"), block_size=16)
+    seen = windows.read(np.arange(len(windows)))  # (windows, 17), the last token of each is only predicted
+    assert seen[:, :-1].reshape(-1).tolist() == val[: 16 * len(windows)]  # one after the other, once each
+    assert f"{len(training):,} tokens for training, {len(val):,} for validation" in capfd.readouterr().out
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["train_tokens"] == len(training)
+
+
+def test_shards_of_a_text_are_kept_and_another_text_is_refused(text, tmp_path, capfd):
+    assert train(None, tmp_path / "out", "--data", str(text), max_iters=1) == 0
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").glob("*.npy")}
+    assert train(None, tmp_path / "out", "--data", str(text), max_iters=2) == 0
+    assert "shards kept from before" in capfd.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    other = tmp_path / text.name
+    other.write_text("Another text.", encoding="utf-8")
+    assert train(None, tmp_path / "out", "--data", str(other), max_iters=3) == 1
+    error = capfd.readouterr().err
+    assert "holds shards of other documents" in error and "--out_dir" in error and error.count("\n") == 1
+
+
+def test_a_folder_of_shards_is_taken_as_it_is(data, tmp_path):
+    assert train(None, tmp_path / "a", "--data", str(data), max_iters=2) == 0
+    assert train(data, tmp_path / "b", max_iters=2) == 0
+    assert logged(tmp_path / "a") == logged(tmp_path / "b")
+    assert not (tmp_path / "a" / "data").exists()
+
+
+def test_text_that_is_not_there_is_one_error_before_anything_is_written(tmp_path, capfd):
+    assert train(None, tmp_path / "out", "--data", str(tmp_path / "gone.txt")) == 2
+    error = capfd.readouterr().err
+    assert "--data" in error and "gone.txt" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_processes_wait_until_the_shards_are_complete(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(owntext, "POLL_SECONDS", 0.01)
+    found = []
+    waiting = threading.Thread(
+        target=lambda: found.append(prepare([text], tmp_path / "data", builder=False)), daemon=True
+    )
+    waiting.start()
+    time.sleep(0.1)
+    assert waiting.is_alive() and not found and not (tmp_path / "data").exists()
+    prepare([text], tmp_path / "data")
+    waiting.join(30)
+    assert found == [tmp_path / "data"]
+
+
+def test_unigram_entropy_is_that_of_the_frequencies(tmp_path):
+    np.save(tmp_path / "t_train_000001.npy", np.array([7, 7, 7, 9], dtype="<u2"))
+    np.save(tmp_path / "t_train_000002.npy", np.array([9, 9, 50256, 7], dtype="<u2"))
+    paths = find_shards(tmp_path, "train")
+    expected = -(0.5 * np.log(0.5) + 0.375 * np.log(0.375) + 0.125 * np.log(0.125))
+    assert unigram_entropy(paths) == pytest.approx(expected)
+
+
+# ---- the end of a run
+
+
+def test_early_stopping_counts_evaluations_without_improvement_across_resumes(data, tmp_path, capfd):
+    still = {"min_lr": 0, "lr_decay_iters": 2, "eval_interval": 2}  # after two updates no loss changes
+    stop = ("--early_stopping", "2")
+    assert train(data, tmp_path / "out", *stop, **still, max_iters=4) == 0  # step 4 was no better than 2
+    assert train(data, tmp_path / "out", *stop, **still, max_iters=40) == 0
+    evals = last_per_step(read_log(tmp_path / "out" / "metrics.jsonl"), "eval")
+    assert [record["step"] for record in evals] == [0, 2, 4, 6]
+    assert load_checkpoint(tmp_path / "out" / "final_model.pt")[1]["step"] == 6
+    assert "stopped early: the validation loss was lowest 2 evaluations ago" in capfd.readouterr().out
+    assert train(data, tmp_path / "out", *stop, **still, max_iters=40) == 0
+    assert "finished at step 6; with a higher --early_stopping it goes on" in capfd.readouterr().out
+    assert train(data, tmp_path / "out", "--early_stopping", "3", **still, max_iters=40) == 0
+    assert load_checkpoint(tmp_path / "out" / "final_model.pt")[1]["step"] == 8
+
+
+def test_a_run_that_improves_is_not_stopped_early(data, tmp_path):
+    assert train(data, tmp_path / "out", "--early_stopping", "1", eval_interval=1) == 0
+    losses = logged(tmp_path / "out", "eval", "val_loss")
+    assert list(losses) == [0, 1, 2, 3, 4] and sorted(losses.values(), reverse=True) == list(losses.values())
+
+
+def test_weights_alone_in_the_folder_of_a_run_are_not_taken_for_its_own(data, tmp_path, capfd):
+    model = initial_model()
+    config = {name: getattr(model.config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    out_dir = tmp_path / "out"
+    out_dir.mkdir()
+    weights = out_dir / "imported.pt"
+    state = {"format": 1, "step": 0, "model": model.state_dict(), "model_config": config}
+    torch.save(state, weights)
+    assert train(data, out_dir, max_iters=2) == 0
+    assert weights.exists() and "begins anew" in capfd.readouterr().out
+    assert train(data, tmp_path / "other", "--resume", str(weights)) == 1
+    assert "--init_from" in capfd.readouterr().err
+
+
+# ---- weights of sequences
+
+
+def weighted_losses(data, key_ids, alpha, steps):
+    """Losses of SETTINGS with one micro-step of four sequences, by the formula, sequence by sequence."""
+    model = initial_model()
+    matrices, vectors = ([p for p in model.parameters() if p.dim() == n] for n in (2, 1))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    loader = ShardLoader(find_shards(data, "train"), batch_size=4, block_size=16, seed=SETTINGS["seed"])
+    losses = []
+    for step in range(steps):
+        x, y = (part[0] for part in loader.batch(step))
+        total = 0.0
+        for tokens, targets in zip(x, y, strict=True):
+            found = sum(token in key_ids for token in tokens.tolist())
+            total = total + alpha * (1 + found) * F.cross_entropy(model(tokens[None])[0][0], targets)
+        loss = total / len(x)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, max_lr=0.01, min_lr=0.001, warmup_iters=1, lr_decay_iters=4)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_key_tokens_weigh_training_as_the_formula_says_and_evaluation_not_at_all(data, tmp_path):
+    common = np.bincount(tokens_of(data, "train")).argsort()[::-1][:40].tolist()
+    encoding = load_encoding()
+    words = [encoding.decode([token]) for token in common]
+    words = [w for w in words if "\n" not in w and len(encoding.encode_ordinary(w)) == 1][:5]
+    (tmp_path / "keys.txt").write_text("\n".join(words), encoding="utf-8")
+    key_ids = {encoding.encode_ordinary(word)[0] for word in words}
+    batch = {"batch_size": 4, "gradient_accumulation_steps": 1}
+    keys = ("--key_tokens", str(tmp_path / "keys.txt"), "--key_token_alpha", "0.7")
+    assert train(data, tmp_path / "plain", **batch) == 0
+    assert train(data, tmp_path / "keys", *keys, **batch) == 0
+    expected = weighted_losses(data, key_ids, 0.7, 4)
+    assert list(logged(tmp_path / "keys").values()) == pytest.approx(expected, rel=1e-5)
+    assert expected[0] > 1.1 * 0.7 * logged(tmp_path / "plain")[1]  # some sequences do hold key tokens
+    first = [logged(tmp_path / name, "eval", "val_loss")[0] for name in ("keys", "plain")]
+    assert first[0] == first[1]
+
+
+# ---- samples
+
+
+def test_samples_are_what_the_checkpoint_of_their_step_generates(data, tmp_path):
+    prompt = ("--sample_prompt", "The mill", "--sample_tokens", "5")
+    assert train(data, tmp_path / "out", *prompt, eval_interval=1, keep_checkpoints=9) == 0
+    encoding = load_encoding()
+    samples = logged(tmp_path / "out", "sample", "step")
+    assert list(samples) == [1, 2, 3, 4]
+    for record in read_log(tmp_path / "out" / "metrics.jsonl"):
+        if record["event"] == "sample":
+            (path,) = (tmp_path / "out").glob(f"iter-{record['step']}-*.pt")
+            model = load_checkpoint(path)[0].eval()
+            ids = torch.tensor(encoding.encode_ordinary("The mill"))
+            out = model.generate(ids, 5, temperature=0.8, top_k=50, seed=SETTINGS["seed"])
+            assert record["prompt"] + record["text"] == encoding.decode(out.tolist())
+
+
+@pytest.mark.parametrize("interval, steps", [(2, [2, 4]), (3, [3, 4]), (0, [])])
+def test_sampling_keeps_to_its_interval_and_changes_nothing_of_the_training(data, tmp_path, interval, steps):
+    assert train(data, tmp_path / "out", eval_interval=1, sample_interval=interval, dropout=0.1) == 0
+    records = read_log(tmp_path / "out" / "metrics.jsonl")
+    assert [record["step"] for record in records if record["event"] == "sample"] == steps
+    assert train(data, tmp_path / "all", eval_interval=1, sample_interval=1, dropout=0.1) == 0
+    for event, name in (("train", "loss"), ("eval", "val_loss")):
+        assert logged(tmp_path / "out", event, name) == logged(tmp_path / "all", event, name)
+
+
+# ---- looking on
+
+
+class Terminal:
+    encoding = "utf-8"
+
+    def __init__(self):
+        self.text = ""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+TRAIN = {
+    "event": "train", "step": 10, "loss": 3.25, "learning_rate": 1e-3, "grad_norm": 0.5, "mfu": None,
+    "tokens_per_second": 12345.6, "milliseconds_per_step": 9.5, "memory_bytes": 10**9,
+}  # fmt: skip
+
+
+def test_a_terminal_gets_a_bar_and_lines_for_what_stays(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    console = Console(20, 5)
+    console.train(TRAIN)
+    console.say("step 10/20 | val loss 3.3000")
+    console.sample({"step": 10, "prompt": "The mill", "text": " by\nthe" + " river" * 100})
+    console.close()
+    assert "10/20" in terminal.text and "loss 3.2500" in terminal.text and "12,346 tok/s" in terminal.text
+    assert "\nstep 10/20 | val loss 3.3000\n" in terminal.text.replace("\r", "\n")
+    (sample,) = [line for line in terminal.text.replace("\r", "\n").splitlines() if "The mill by the" in line]
+    assert len(sample) < 250 and sample.endswith(" ...")
+    assert "lr 1.00e-03" not in terminal.text  # the lines of train_line are for files
+
+
+def test_what_is_no_terminal_gets_lines_that_begin_alike_and_no_bar(capsys):
+    console = Console(20, 0)
+    console.train(TRAIN)
+    console.say("step 10/20 | val loss 3.3000")
+    console.close()
+    out, error = capsys.readouterr()
+    first, second = out.splitlines()
+    assert first.startswith("step 10/20 | loss  3.2500 | lr 1.00e-03") and second.startswith("step 10/20 | ")
+    assert error == "" and "\r" not in out
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(data, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert train(data, tmp_path / "out", "--tensorboard") == 0
+    events = event_accumulator.EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    for event, name in (("train", "loss"), ("train", "learning_rate"), ("eval", "val_loss")):
+        found = {scalar.step: scalar.value for scalar in events.Scalars(f"{event}/{name}")}
+        expected = logged(tmp_path / "out", event, name)
+        assert list(found) == list(expected)
+        assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-6)
+
+
+def wandb_records(path):
+    """The records of an offline run's file: a LevelDB log with a header of seven bytes of its own."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, content = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 2**15 - at % 2**15 < 7:  # no header fits into the rest of a block
+            at += 2**15 - at % 2**15
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        content += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            yield record
+            content = b""
+
+
+def test_wandb_gets_the_numbers_of_the_log_without_a_network(data, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert train(data, tmp_path / "out", "--wandb") == 0
+    (path,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60  # the package's own process writes, and may be a moment behind
+    while not any(r.HasField("exit") for r in wandb_records(path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    losses = {}
+    for record in wandb_records(path):
+        items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+        if "train/loss" in items:
+            losses[items["step"]] = items["train/loss"]
+    assert losses == logged(tmp_path / "out")
+
+
+@pytest.mark.parametrize("package", trackers.PACKAGES)
+def test_a_tracker_that_is_not_installed_is_refused_with_the_package_to_install(
+    data, tmp_path, capfd, monkeypatch, package
+):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    assert train(data, tmp_path / "out", f"--{package}") == 2
+    assert f"--{package} needs a package: pip install {package}\n" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_log_goes_on(tmp_path, capfd):
+    class Broken:
+        def write(self, record):
+            raise OSError("no network")
+
+    log = RunLog(tmp_path)
+    log.follow(Broken())
+    log.write("train", step=1, loss=2.0)
+    log.write("train", step=2, loss=1.0)
+    assert [record["step"] for record in read_log(log.path)] == [1, 2]
+    assert capfd.readouterr().err == "warning: Broken is left out: no network\n"
+
+
+def test_the_shards_of_a_text_are_made_once_by_two_ranks(text, tmp_path):
+    """Under torchrun the first process builds and the other waits; both train on the same shards."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               train_gpt2.__file__, *flags(None, tmp_path / "out", hellaswag=False, max_iters=2),
+               "--data", str(text)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("shards made") == 1
+    assert list(logged(tmp_path / "out")) == [1, 2]
