@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.source import Batch, File, Patience, Position, Source, SourceError, Unit
+from pretrain.source import Batch, File, Patience, Position, Source, SourceError, Unit, UnreadableFile
 
 if TYPE_CHECKING:
     from pretrain.parquet import Footer, Report
@@ -171,7 +171,8 @@ def hub_source(
 def plan_units(source: Source, *, unit_bytes: int, resume: Position | None = None) -> Iterator[Unit]:
     """Units of about `unit_bytes` stored bytes of text each, in document order, from `resume` on.
 
-    Footers of parquet files are read when their turn comes.
+    Footers of parquet files are read when their turn comes. A file without a readable one is a unit of no row
+    groups: read_unit says what is wrong with it, or leaves it out.
     """
     at = resume or Position(0, 0)
     for index in range(at.file, len(source.files)):
@@ -190,7 +191,11 @@ def plan_units(source: Source, *, unit_bytes: int, resume: Position | None = Non
 
 
 def _parquet_units(source: Source, index: int, unit_bytes: int, row: int) -> Iterator[Unit]:
-    known = footer(source.files[index], source.text_column, source.patience)
+    try:
+        known = footer(source.files[index], source.text_column, source.patience)
+    except UnreadableFile:
+        yield Unit(index, 0, 0, 0, 0)
+        return
     groups = known.metadata.num_row_groups
     start, first_row = 0, 0
     while start < groups and first_row + known.num_rows(start) <= row:  # before the position
@@ -205,7 +210,7 @@ def _parquet_units(source: Source, index: int, unit_bytes: int, row: int) -> Ite
 
 
 def footer(file: File, text_column: str, patience: Patience) -> Footer:
-    """The footer of a parquet file. The latest are kept for the units that follow."""
+    """The footer of a parquet file; the latest are kept for the units that follow. Raises UnreadableFile."""
     return _footer(file, text_column, patience, 0 if file.url else os.stat(file.path).st_mtime_ns)
 
 
@@ -220,9 +225,9 @@ def _footer(file: File, text_column: str, patience: Patience, modified_ns: int) 
             return read_footer(stored, text_column)
         except (pa.ArrowException, OSError) as e:
             what = f"not a whole parquet file ({_first_line(e)}); get it again"
-            raise SourceError(f"{file.path}: {what}") from None
+            raise UnreadableFile(f"{file.path}: {what}") from None
         except ValueError as e:
-            raise SourceError(f"{file.path}: {e}") from None
+            raise UnreadableFile(f"{file.path}: {e}") from None
 
 
 # ---- documents
@@ -234,9 +239,9 @@ def read_unit(
     """The unit's documents in order, without its first `skip_rows` rows.
 
     Documents with null or empty text are left out and told. One that is broken (wrong type, broken JSON,
-    no such key, invalid UTF-8) raises SourceError, or with on_bad_document="skip" is left out and counted.
-    What breaks a whole file (a missing parquet column, a damaged or truncated file, one that changed its
-    size) always raises.
+    no such key, invalid UTF-8) raises SourceError, or with on_bad_document="skip" is left out and counted; so
+    does a parquet file that is truncated or lacks the column. Other damage inside a file, and one that
+    changed its size, always raises.
     """
     if on_bad_document not in ("stop", "skip"):
         raise ValueError(f"on_bad_document is 'stop' or 'skip', not {on_bad_document!r}")
@@ -248,7 +253,14 @@ def read_unit(
             raise SourceError(f"{where}: {what} (--on_bad_document skip leaves such documents out)")
 
     with open_file(file, source.patience) as stored:
-        yield from read_open_file(source, unit, stored, skip_rows=skip_rows, report=report)
+        try:
+            yield from read_open_file(source, unit, stored, skip_rows=skip_rows, report=report)
+        except UnreadableFile as e:
+            if on_bad_document == "stop":
+                raise UnreadableFile(f"{e} (--on_bad_document skip leaves such files out)") from None
+            from pretrain import parquet
+
+            yield parquet.unreadable_file()
     if not file.url and os.path.getsize(file.path) != file.size:
         raise SourceError(f"{file.path}: changed its size while it was read; start again")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pretrain.documents import footer, open_file, plan_units, read_open_file
-from pretrain.source import File, Source
+from pretrain.source import File, Source, UnreadableFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,10 +24,14 @@ class Estimate:
     tokens: int  # from the tokens in the first SAMPLE_BYTES of each kind of file, scaled by text_bytes
 
 
-def estimate(source: Source, count_tokens: Callable[[pa.Array], int]) -> Estimate:
+def estimate(
+    source: Source, count_tokens: Callable[[pa.Array], int], *, on_bad_document: str = "stop"
+) -> Estimate:
     """Reads the footers of up to SAMPLE_FILES parquet files (of one, on the Hub) and tokenizes a sample.
 
     `count_tokens` gets an array of texts. Bad documents are passed over here: the run will report them.
+    Raises SourceError for a parquet file that cannot be read, with on_bad_document="skip" if none of the
+    sample can.
     """
     by_kind: dict[tuple, list[File]] = {}
     for file in source.files:
@@ -36,7 +40,7 @@ def estimate(source: Source, count_tokens: Callable[[pa.Array], int]) -> Estimat
     for (kind, _), files in by_kind.items():
         stored = sum(file.size for file in files)
         if kind == "parquet":
-            rows, stored, exact = _from_footers(source, files)
+            rows, stored, exact = _from_footers(source, files, on_bad_document)
         text_bytes += stored
         part = dataclasses.replace(source, files=tuple(files))
         tokens += stored * _tokens_per_byte(part, count_tokens)
@@ -44,12 +48,18 @@ def estimate(source: Source, count_tokens: Callable[[pa.Array], int]) -> Estimat
     return Estimate(rows if only_parquet else None, exact, text_bytes, round(tokens))
 
 
-def _from_footers(source: Source, files: list[File]) -> tuple[int, int, bool]:
+def _from_footers(source: Source, files: list[File], on_bad_document: str) -> tuple[int, int, bool]:
     """(rows, stored bytes of the text column, whether they are exact) of parquet files."""
     sample = files[:1] if files[0].url else files[:: -(-len(files) // SAMPLE_FILES)]
-    rows = stored = 0
+    rows = stored = unreadable = 0
     for file in sample:
-        known = footer(file, source.text_column, source.patience)
+        try:
+            known = footer(file, source.text_column, source.patience)
+        except UnreadableFile:
+            unreadable += 1
+            if on_bad_document == "stop" or unreadable == len(sample):
+                raise
+            continue
         groups = range(known.metadata.num_row_groups)
         rows += known.metadata.num_rows
         stored += sum(stop - start for start, stop in (known.ranges(group)[0] for group in groups))
@@ -61,14 +71,21 @@ def _tokens_per_byte(source: Source, count_tokens: Callable[[pa.Array], int]) ->
     """Tokens per stored byte of text at the beginning of the source."""
     tokens = stored_bytes = 0
     for unit in plan_units(source, unit_bytes=SAMPLE_BYTES):
-        compressed = source.files[unit.file].compression
-        with open_file(source.files[unit.file], source.patience) as stored:
+        if unit.num_bytes == 0:  # of a file that cannot be read
+            continue
+        file, seen = source.files[unit.file], unit.num_bytes
+        with open_file(file, source.patience) as stored:
             for batch in read_open_file(source, unit, stored, skip_rows=0, report=lambda *_: None):
                 tokens += count_tokens(batch.texts)
-                if compressed:  # one batch is enough: it took what has been read of the file so far
-                    stored_bytes += stored.tell()
+                if file.compression:  # one batch is enough: it took what has been read of the file so far
+                    seen = stored.tell()
                     break
-        stored_bytes += 0 if compressed else unit.num_bytes
+                if file.kind == "parquet":  # of a large row group, too
+                    known = footer(file, source.text_column, source.patience)
+                    rows = sum(map(known.num_rows, range(unit.start, unit.stop)))
+                    seen = round(unit.num_bytes * batch.num_rows / rows)
+                    break
+        stored_bytes += seen
         if stored_bytes >= SAMPLE_BYTES // 2:
             break
     return tokens / max(1, stored_bytes)

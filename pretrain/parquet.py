@@ -19,6 +19,7 @@ from pretrain.source import Batch
 BATCH_BYTES = 8 << 20  # text in a batch, unless a single document has more
 LOAD_BYTES = 32 << 20  # stored bytes of a remote batch that are fetched into memory in one go
 READ_BYTES = 1 << 20  # bytes that pyarrow asks a file for
+UNREADABLE_FILE = "unreadable file"  # the reason in Batch.skipped
 TOKEN_COUNT = "token_count"  # FineWeb's column: GPT-2 tokens of the row's text, without end-of-text
 
 Report = Callable[[int, "int | None", str], None]  # (row in the unit, byte offset or None, what is wrong)
@@ -138,6 +139,11 @@ def _batch(texts: pa.Array, counts: pa.Array | None, first: int, report: Report)
         counts = arrow.integers(counts)[keep]
     skipped = {"empty": empty, "bad": np.array(bad, np.int64)}
     return Batch(texts, first + np.flatnonzero(keep), len(keep), skipped, counts)
+
+
+def unreadable_file() -> Batch:
+    """What stands for a file that is left out as a whole."""
+    return Batch(arrow.strings([]), np.array([], np.int64), 1, {UNREADABLE_FILE: np.array([0])})
 
 
 def _invalid_utf8(texts: pa.Array) -> list[tuple[int, str]]:

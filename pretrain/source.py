@@ -18,6 +18,10 @@ class SourceError(RuntimeError):
     """A source cannot be read. One line for the user: which file and row, what is wrong, what to do."""
 
 
+class UnreadableFile(SourceError):
+    """No document of this file can be had: it is not whole, or has no column with text."""
+
+
 @dataclass(frozen=True)
 class Patience:
     """How long the network is waited for.
@@ -103,6 +107,8 @@ class Batch:
     texts: pa.Array  # (kept,) string or large_string: valid UTF-8, no null, no empty text
     rows: np.ndarray  # (kept,) int64, counted from the unit's first row
     num_rows: int  # rows that this batch consumed, with those that are left out
-    skipped: dict[str, np.ndarray]  # int64 rows left out: "empty" texts, "bad" ones (on_bad_document="skip")
+    # int64 rows left out: "empty" texts and, with on_bad_document="skip", "bad" ones; a whole
+    # "unreadable file" counts as one row
+    skipped: dict[str, np.ndarray]
     token_counts: np.ndarray | None = None  # (kept,) int64, the file's token_count column, where it has one
     offsets: np.ndarray | None = None  # (kept,) int64, byte where each row begins; plain jsonl and txt only

@@ -356,10 +356,11 @@ def test_a_row_group_larger_than_a_batch_comes_in_pieces(tmp_path, monkeypatch):
 
 def test_a_plan_reads_no_footer_before_its_turn(tmp_path):
     first = write_parquet(tmp_path / "a.parquet", ["a"])
-    second = write(tmp_path / "b.parquet", b"not parquet at all, but nobody has looked yet")
+    second = write_parquet(tmp_path / "b.parquet", ["b", "c"])
     plan = plan_units(local_source([first, second]), unit_bytes=1)
     assert next(plan).file == 0
-    with pytest.raises(SourceError, match=r"b\.parquet: not a whole parquet file"):
+    second.unlink()
+    with pytest.raises(OSError, match=r"b\.parquet"):
         next(plan)
 
 
@@ -421,18 +422,47 @@ def test_a_missing_or_wrong_column_is_an_error_for_the_whole_file(tmp_path):
     with pytest.raises(
         SourceError, match=r"a\.parquet: no column 'content'; choose --text_column from text, id"
     ):
-        texts_of(source, on_bad_document="skip")
+        texts_of(source)
     with pytest.raises(SourceError, match=r"a\.parquet: column 'id' holds int64, not text"):
-        texts_of(dataclasses.replace(source, text_column="id"), on_bad_document="skip")
+        texts_of(dataclasses.replace(source, text_column="id"))
 
 
-def test_a_damaged_parquet_file_is_an_error(tmp_path):
+def test_a_truncated_parquet_file_is_an_error(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [f"{i} " * 30 for i in range(100)], row_group_size=10)
     whole = path.read_bytes()
     for data in (whole[:-100], whole[: len(whole) // 2], b""):
         with pytest.raises(SourceError, match=r"a\.parquet: not a whole parquet file"):
-            texts_of(local_source([write(tmp_path / "cut" / "a.parquet", data)]), on_bad_document="skip")
-    hole = bytearray(whole)
+            texts_of(local_source([write(tmp_path / "cut" / "a.parquet", data)]))
+
+
+def test_parquet_files_that_cannot_be_read_are_left_out_and_counted_if_told_so(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["a", "b"])
+    write_parquet(tmp_path / "b.parquet", ["c"], token_count=[1]).rename(tmp_path / "d.parquet")
+    write(tmp_path / "b.parquet", (tmp_path / "a.parquet").read_bytes()[:-9])
+    pq.write_table(pa.table({"content": ["x", "y"]}), tmp_path / "c.parquet")
+    source = local_source([tmp_path])
+    for unit_bytes in (1, ENDLESS):
+        options = {"unit_bytes": unit_bytes, "on_bad_document": "skip"}
+        assert texts_of(source, **options) == ["a", "b", "c"]
+        batches = [
+            batch
+            for unit in plan_units(source, unit_bytes=unit_bytes)
+            for batch in read_unit(source, unit, on_bad_document="skip")
+        ]
+        assert [len(batch.skipped.get("unreadable file", [])) for batch in batches] == [0, 1, 1, 0]
+    with pytest.raises(SourceError, match=r"b\.parquet: not a whole .* \(--on_bad_document skip leaves such"):
+        texts_of(source)
+    with pytest.raises(SourceError, match=r"b\.parquet: not a whole"):
+        estimate(source, len)
+    found = estimate(source, len, on_bad_document="skip")
+    assert found.rows == 3 and found.tokens > 0
+    with pytest.raises(SourceError, match=r"c\.parquet: no column"):
+        estimate(local_source([tmp_path / "c.parquet"]), len, on_bad_document="skip")
+
+
+def test_damage_inside_a_parquet_file_is_an_error_in_any_case(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", [f"{i} " * 30 for i in range(100)], row_group_size=10)
+    hole = bytearray(path.read_bytes())
     hole[1000:1400] = bytes(400)
     source = local_source([write(tmp_path / "hole" / "a.parquet", bytes(hole))])
     with pytest.raises(SourceError, match=r"a\.parquet, after row \d+: damaged or cut short"):
