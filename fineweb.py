@@ -96,8 +96,8 @@ def add_document_flags(add) -> None:
         "--on_bad_document",
         choices=("stop", "skip"),
         default="stop",
-        help="on broken JSON, invalid UTF-8 and the like: stop and say where, or leave it out and count it "
-        "(default: %(default)s)",
+        help="on broken JSON, invalid UTF-8, a truncated parquet file and the like: stop and say where, or "
+        "leave it out and count it (default: %(default)s)",
     )
 
 
@@ -186,8 +186,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--val_tokens and --val_fraction both size the validation shard: give one of them")
     if args.val_fraction is not None and not args.source and not args.verify:
         problems.append("--val_fraction needs all tokens counted first: for --source only; give --val_tokens")
-    if args.max_tokens and args.val_tokens and args.val_tokens >= args.max_tokens:
-        problems.append("--val_tokens leaves nothing of --max_tokens to train on")
+    if args.max_tokens and (args.val_tokens or 1) >= args.max_tokens:
+        problems.append("--max_tokens leaves nothing to train on behind the validation shard")
     if args.check_every < 0:
         problems.append(f"--check_every {args.check_every}: expected a number of documents, or 0 for none")
     if args.shard_name is not None and not is_file_name(args.shard_name):
@@ -237,7 +237,7 @@ def build(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer(args.tokenizer_backend, args.check_every, parallel)
     num_proc = args.num_proc or (1 if tokenizer.backend == "gigatoken" else min(8, cores()))
     work = Work(tokenizer, num_proc, on_bad_document=args.on_bad_document)
-    expected = estimate(source, work.count_tokens)
+    expected = estimate(source, work.count_tokens, on_bad_document=args.on_bad_document)
     problem = print_plan(folder, source, settings, expected, manifest)
     if problem or args.dry_run:
         return fail(problem) if problem else 0
@@ -264,13 +264,14 @@ def print_plan(folder: Path, source, settings, expected, manifest) -> str | None
     )
     stored = in_bytes(sum(file.size for file in source.files))
     files = f"{len(source.files):,} {plural('file', len(source.files))}"
-    print(f"documents   {files}, {rows}{stored}, of which {in_bytes(expected.text_bytes)} are text")
+    print(f"documents   {files}, {rows}{stored}, of which {in_bytes(expected.text_bytes)} are to be read")
     tokens = min(expected.tokens, settings.max_tokens or expected.tokens)
     about = "" if tokens == settings.max_tokens else "about "
+    number = f"{tokens:,}" if tokens == settings.max_tokens else f"about {rounded(tokens)}"
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     disk = f"{in_bytes(2 * tokens)} in {folder} ({in_bytes(free)} free)"
-    print(f"shards      {about}{rounded(tokens)} tokens, {settings.shard_size:,} in a shard, {disk}")
+    print(f"shards      {number} tokens, {settings.shard_size:,} in a shard, {disk}")
     there = manifest.tokens if manifest else 0
     if there:
         print(f"            {len(manifest.shards)} are there, {there:,} tokens: going on behind them")
@@ -293,7 +294,8 @@ def print_result(folder: Path, manifest) -> None:
     print(f"{folder}: {tokens}: {manifest.tokens - trained:,} for validation, {shards}")
     for reason in sorted({reason for shard in manifest.shards for reason in shard.skipped}):
         number = sum(shard.skipped.get(reason, 0) for shard in manifest.shards)
-        print(f"left out: {number:,} {reason} {plural('document', number)}")
+        noun = reason if reason.endswith("file") else f"{reason} document"
+        print(f"left out: {number:,} {plural(noun, number)}")
     print_token_count(manifest)
     data_dir = "" if folder == Path(DEFAULT_DATA_DIR) else f" --data_dir {folder}"
     if train:

@@ -149,7 +149,8 @@ def build_shards(
             refuse_changes(folder, manifest, source)
         else:
             if expected_tokens is None:
-                expected_tokens = estimate(source, work.count_tokens).tokens
+                expected = estimate(source, work.count_tokens, on_bad_document=work.on_bad_document)
+                expected_tokens = expected.tokens
             manifest, total, batches = _begin(source, name, settings, work, expected_tokens)
             manifest.save(folder)  # before any shard: what a crash leaves over is then known to be ours
         if not manifest.complete:
@@ -212,7 +213,8 @@ def _pack(
             if packer.done:
                 return
         if packer.tokens == 0:
-            raise SourceError(f"{source.name}: no document in {len(source.files)} files: every row is empty")
+            files = source.files[0].path if len(source.files) == 1 else f"all {len(source.files)} files"
+            raise SourceError(f"no document in {files}: whatever is there is empty or was left out")
         if packer.only_validation and settings.default_val:  # the estimate was too high: nothing to train on
             manifest.val_tokens = _share_of(packer.tokens, SMALL_SHARE)
             manifest.shards, manifest.next = [], None

@@ -80,11 +80,14 @@ class Manifest:
         totals = {"tokens": self.tokens, "documents": self.documents}
         text = json.dumps({"format": FORMAT, **totals, **asdict(self)}, indent=1, ensure_ascii=False)
         temporary = folder / f"{MANIFEST}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / MANIFEST)
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, folder / MANIFEST)
+        finally:
+            temporary.unlink(missing_ok=True)  # of a save that failed or was interrupted
         sync_folder(folder)
 
     @classmethod
@@ -101,7 +104,9 @@ class Manifest:
             manifest = cls(**{**record, "shards": [Shard(**shard) for shard in record["shards"]]})
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise ShardError(f"{path}: {error.strerror}; make it readable or use another folder") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ShardError):
                 raise
             raise ShardError(

@@ -28,6 +28,7 @@ from pretrain.tokenizer import END_OF_TEXT, Tokenizer
 SAMPLED_SHARDS = 20  # are compared with the source, at their beginnings
 SAMPLED_BYTES = 100_000  # of text at each of these places, or one document
 UNIT_BYTES = 1 << 20  # read of a plain text file for that
+COUNTED_TOKENS = 1 << 20  # looked at together when documents are counted
 PATIENCE = Patience(give_up_seconds=20, rate_limit_seconds=20)  # without the Hub most can be verified
 
 
@@ -69,9 +70,14 @@ def _verify(path: Path, shard: Shard | None) -> int | str:
     """The shard's tokens, or what is wrong with it."""
     try:
         verify_shard(path, shard)
-        return len(open_shard(path))
     except ShardError as error:
         return str(error)
+    tokens = open_shard(path)
+    blocks = (tokens[at : at + COUNTED_TOKENS] for at in range(0, len(tokens), COUNTED_TOKENS))
+    documents = sum(np.count_nonzero(block == END_OF_TEXT) for block in blocks)  # each begins with one
+    if shard and documents != shard.documents:
+        return f"{path}: {documents:,} documents begin in it, {MANIFEST} has {shard.documents:,}"
+    return len(tokens)
 
 
 def _check_manifest(manifest: Manifest, files: list[str], findings: Findings) -> None:

@@ -237,6 +237,12 @@ def test_a_manifest_that_contradicts_itself_is_refused(tmp_path, change):
         Manifest.load(tmp_path)
 
 
+def test_a_file_in_the_place_of_the_folder_is_no_damaged_manifest(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ShardError, match="Not a directory"):
+        Manifest.load(tmp_path / "out")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"format": 1}', "\xff"])
 def test_a_manifest_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
