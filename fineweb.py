@@ -126,7 +126,7 @@ def add_shard_flags(add) -> None:
         type=float,
         metavar="F",
         help="share of all tokens in the validation shard, such as 0.1; for --source only: it is counted "
-        "first, and read twice if it has more than 200 million tokens",
+        "first, and read twice if it has more than some 200 million tokens",
     )
 
 

@@ -22,7 +22,7 @@ from pretrain.shards import MANIFEST, NAME_PATTERN, Manifest, Shard
 from pretrain.tokenizer import END_OF_TEXT, TOKENIZER_NAME, VOCABULARY_SHA256, Tokenizer, TokenMismatch
 
 SMALL_SHARE = 0.1  # of a source with fewer than two shards goes to validation
-KEPT_TOKENS = 200_000_000  # of a source that is counted first stay in memory, so that it is read once
+KEPT_BYTES = 400_000_000  # of tokens of a source that is counted first: if it has no more, it is read once
 SAMPLE_BYTES = 1 << 18  # of text are tokenized to estimate how many tokens a batch has
 LOCK = ".lock"
 
@@ -168,10 +168,11 @@ def _begin(
     if not share:
         manifest.val_tokens = settings.val_tokens or settings.shard_size
         return manifest, None, None
-    total, kept = 0, []
+    total, held, kept = 0, 0, []
     for batch in work.batches("counting", source, manifest):
         total += len(batch.tokens)
-        if total > KEPT_TOKENS:
+        held += batch.tokens.nbytes + 3 * batch.counts.nbytes  # as many are rows and offsets
+        if held > KEPT_BYTES:
             kept = None
         elif kept is not None:
             kept.append(batch)

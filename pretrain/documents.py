@@ -53,6 +53,7 @@ __all__ = [
 
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "txt"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+LEAVE_OUT_FILES = "(--on_bad_document skip leaves such files out)"
 READABLE = ".parquet, .jsonl or .txt (the latter two also as .gz or .zst)"
 
 
@@ -257,7 +258,7 @@ def read_unit(
             yield from read_open_file(source, unit, stored, skip_rows=skip_rows, report=report)
         except UnreadableFile as e:
             if on_bad_document == "stop":
-                raise UnreadableFile(f"{e} (--on_bad_document skip leaves such files out)") from None
+                raise UnreadableFile(f"{e} {LEAVE_OUT_FILES}") from None
             from pretrain import parquet
 
             yield parquet.unreadable_file()

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pretrain.documents import footer, open_file, plan_units, read_open_file
+from pretrain.documents import LEAVE_OUT_FILES, footer, open_file, plan_units, read_open_file
 from pretrain.source import File, Source, UnreadableFile
 
 if TYPE_CHECKING:
@@ -55,9 +55,11 @@ def _from_footers(source: Source, files: list[File], on_bad_document: str) -> tu
     for file in sample:
         try:
             known = footer(file, source.text_column, source.patience)
-        except UnreadableFile:
+        except UnreadableFile as e:
             unreadable += 1
-            if on_bad_document == "stop" or unreadable == len(sample):
+            if on_bad_document == "stop":
+                raise UnreadableFile(f"{e} {LEAVE_OUT_FILES}") from None
+            if unreadable == len(sample):
                 raise
             continue
         groups = range(known.metadata.num_row_groups)
