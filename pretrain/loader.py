@@ -64,21 +64,20 @@ class TokenWindows:
         return (self.num_tokens - 1 - self.block_size) // self.stride + 1
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
-        """uint16 (len(numbers), block_size + 1). Raises ShardError naming the shard of an id >=
-        vocab_size."""
+        """uint16 (len(numbers), block_size + 1), read-only. Raises ShardError that names the shard of an id
+        which is not below vocab_size."""
         starts = numbers * self.stride
         shards = np.searchsorted(self.ends, starts, side="right")
         offsets = starts - np.append(0, self.ends)[shards]
-        tokens = np.empty((len(numbers), self.block_size + 1), dtype=np.uint16)
-        # Byte views: a slice assignment between memoryviews costs a quarter of one between arrays.
-        out, size, row = memoryview(tokens.reshape(-1)).cast("B"), 2 * (self.block_size + 1), 0
+        # Views of bytes, joined in one go: three times as fast as slices of arrays, one by one.
+        parts, size = [], 2 * (self.block_size + 1)
         for shard, offset in zip(shards.tolist(), (2 * offsets).tolist(), strict=True):
             part = self._open(shard)[offset : offset + size]
             while len(part) < size:  # the window goes on in the next shard
                 shard += 1
                 part = bytes(part) + bytes(self._open(shard)[: size - len(part)])
-            out[row : row + size] = part
-            row += size
+            parts.append(part)
+        tokens = np.frombuffer(b"".join(parts), dtype="<u2").reshape(len(numbers), self.block_size + 1)
         if tokens.max(initial=0) >= self.vocab_size:
             self._report_bad_id(tokens, starts)
         return tokens
