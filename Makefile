@@ -28,9 +28,43 @@ $(VENV)/.dev: requirements-dev.txt requirements-adapters.txt $(VENV)/.stages
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+# Each step keeps what an earlier run of it left, and says so.
+QUICK := checkpoints/quickstart
+
+define NEXT_STEPS
+
+What there is now
+  $(QUICK)/report.html       curves, samples, settings, findings: open it in a browser
+  $(QUICK)/metrics.jsonl     the same in numbers, a line for every event
+  $(QUICK)/final_model.pt    the last model, which has learnt the text by heart; the samples are its own
+  $(QUICK)/best_val_loss.pt  the one with the lowest validation loss; the score is of this one
+  $(QUICK)/data              the tokens
+The validation loss first falls below the unigram entropy (both are in the lines of step 2): more than
+frequencies were learnt. Then it rises, as a text this short is soon known by heart: more text is the cure.
+
+Talk to it      $(PY) sample.py --checkpoint $(QUICK)/final_model.pt
+Your own text   $(PY) train_gpt2.py --config configs/quickstart.yaml --data FILE --out_dir checkpoints/mine
+
+The real thing: GPT-2 124M on 10 billion tokens of FineWeb-Edu, on 8 GPUs
+  $(PY) fineweb.py
+  $(BIN)/torchrun --nproc_per_node=8 train_gpt2.py --config configs/gpt2-124m.yaml
+  $(BIN)/torchrun --nproc_per_node=8 hellaswag.py --checkpoint checkpoints/gpt2-124m/best_val_loss.pt
+endef
+export NEXT_STEPS
+
 quickstart: $(VENV)/.stages
-	$(PY) fineweb.py --source input.txt --out_dir data/quickstart
-	$(PY) fineweb.py --source input.txt --out_dir data/quickstart --verify
+	@echo "== 1. Text becomes tokens"
+	$(PY) fineweb.py --source input.txt --val_fraction 0.1 --out_dir $(QUICK)/data
+	@echo "== 2. A small GPT learns them"
+	$(PY) train_gpt2.py --config configs/quickstart.yaml
+	@echo "== 3. It is scored on items in the format of HellaSwag; chance is 0.25, and it knows little"
+	$(PY) hellaswag.py --checkpoint $(QUICK)/best_val_loss.pt --data tests/data/hellaswag_items.jsonl
+	@echo "== 4. It writes"
+	$(PY) sample.py --checkpoint $(QUICK)/final_model.pt --prompt "The boat" --num_samples 2 \
+		--max_new_tokens 60 --seed 1
+	@echo "== 5. What happened, as a page"
+	$(PY) -m pretrain.report $(QUICK)
+	@echo "$$NEXT_STEPS"
 
 # Tests are small: one thread each and several at a time beats the other way round.
 test: $(VENV)/.dev
@@ -47,4 +81,4 @@ bench: $(VENV)/.dev
 	$(PY) benchmarks/hellaswag_eval.py
 
 clean:
-	rm -rf data/quickstart
+	rm -rf checkpoints/quickstart

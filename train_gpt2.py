@@ -218,8 +218,8 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
 
     # The data.
     if args.data:
-        builder = distributed.environment("LOCAL_RANK", 0) == 0
-        args.data_dir = str(prepare(args.data, out_dir / "data", builder=builder))
+        is_builder = distributed.environment("LOCAL_RANK", 0) == 0
+        args.data_dir = str(prepare(args.data, out_dir / "data", builder=is_builder))
     loader, evaluated = open_data(args, ranks, block_size, config.vocab_size)
     accumulation, tokens_per_step = loader.shape[0], loader.global_batch * block_size
     if problem := set_length(args, given, loader.steps_per_epoch):
@@ -264,12 +264,11 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
         saved = None  # unmaps the file
 
     def is_over() -> bool:
-        patience = args.early_stopping
-        return progress.step >= args.max_iters or bool(patience and progress.evals_since_best >= patience)
+        return progress.step >= args.max_iters or 0 < args.early_stopping <= progress.evals_since_best
 
     if is_over() and checkpoints.is_finished(out_dir, progress.step):
-        limit = "epochs" if args.epochs else "max_iters"
-        limit = limit if progress.step >= args.max_iters else "early_stopping"
+        is_early = progress.step < args.max_iters
+        limit = "early_stopping" if is_early else "epochs" if args.epochs else "max_iters"
         say(f"{out_dir}: finished at step {progress.step:,}; with a higher --{limit} it goes on")
         return 0
     compiled = device.type == "cuda" if args.compile is None else args.compile
@@ -315,7 +314,6 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
     say = held.enter_context(closing(console)).say
     key_tokens = load_key_tokens(args.key_tokens).to(device) if args.key_tokens else None
     samples = TrainingSamples(args.sample_prompt, args.sample_tokens, args.seed)
-    sample_every = args.sample_interval * args.eval_interval  # updates
 
     def sample() -> None:
         with autocast:
@@ -371,7 +369,8 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
                 if save(*names, *[checkpoints.BEST] * is_best, *[checkpoints.FINAL] * is_last):
                     checkpoints.prune(out_dir, args.keep_checkpoints)
                 saved_at = time.monotonic()
-                if args.sample_interval and (is_last or progress.step % sample_every == 0):
+                every = args.sample_interval * args.eval_interval
+                if every and (is_last or progress.step % every == 0):
                     sample()
             watch.resume()
         if is_last:
@@ -442,7 +441,8 @@ def train(args: argparse.Namespace, given: set[str], ranks: Ranks, stop: StopSig
     if progress.step < args.max_iters:
         say(f"stopped early: the validation loss was lowest {progress.evals_since_best} evaluations ago")
     log.write("stop", step=progress.step, reason="finished")
-    say(f"finished: {out_dir / checkpoints.FINAL}")
+    best = f"; the lowest validation loss was {progress.best_val_loss:.4f}" if evaluated else ""
+    say(f"finished: {out_dir / checkpoints.FINAL}{best}")
     return 0
 
 
