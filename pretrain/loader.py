@@ -33,7 +33,7 @@ from pretrain.shards import NAME_PATTERN, Manifest, ShardError, open_shard, veri
 CHUNK_WINDOWS = 2048
 POOL_CHUNKS = 32
 VERIFIED_BYTES = 2 * 10**9  # data sets up to this size are hashed whenever a run starts: a second per GB
-READ_AHEAD_TOKENS = 2**19  # the prefetching thread makes at least this many tokens at a time: 4 MiB of int64
+READ_AHEAD_TOKENS = 2**19  # the prefetching thread makes at least this many tokens at a time, 1 MiB
 
 
 class TokenWindows:
@@ -155,7 +155,9 @@ class ShardLoader:
         """x and y, int64 (accumulation_steps, batch_size, block_size); views of one tensor. Depends on
         nothing but the arguments of the constructor and the step. Raises ShardError when a token id is not
         below vocab_size."""
-        tokens = self._tokens(step, 1)[0]
+        tokens = torch.from_numpy(self._tokens(step, 1)[0].astype(np.int64))
+        if self.pin_memory:
+            tokens = tokens.pin_memory()
         return tokens[..., :-1], tokens[..., 1:]
 
     def prefetch(
@@ -172,12 +174,13 @@ class ShardLoader:
                 self._read_pool_ahead(step * self.global_batch)
                 while not closed.is_set():
                     self._read_pool_ahead(step * self.global_batch + CHUNK_WINDOWS * POOL_CHUNKS)
-                    put(self._tokens(step, steps))
+                    tokens = self._tokens(step, steps)
+                    put(page_locked(tokens) if self.pin_memory else tokens)
                     step += steps
             except BaseException as error:
                 put(error)
 
-        def put(item: Tensor | BaseException) -> None:
+        def put(item: np.ndarray | Tensor | BaseException) -> None:
             while not closed.is_set():
                 try:
                     return made.put(item, timeout=0.1)
@@ -191,8 +194,12 @@ class ShardLoader:
                 item = made.get()
                 if isinstance(item, BaseException):
                     raise item
-                tokens = item.to(device, non_blocking=True)
-                yield from zip(tokens[..., :-1].unbind(), tokens[..., 1:].unbind(), strict=True)
+                if isinstance(item, Tensor):  # 16 bits a token travel, the device widens them
+                    item = item.to(device, non_blocking=True).long() & 0xFFFF
+                for tokens in item:
+                    if isinstance(tokens, np.ndarray):
+                        tokens = torch.from_numpy(tokens.astype(np.int64)).to(device)
+                    yield tokens[..., :-1], tokens[..., 1:]
         finally:
             closed.set()
             thread.join()
@@ -211,15 +218,10 @@ class ShardLoader:
             windows[here] = self._pool(*divmod(number, pools_per_epoch))[places[here] % pool_windows]
         return windows
 
-    def _tokens(self, step: int, steps: int) -> Tensor:
-        """int64 (steps, *self.shape)."""
+    def _tokens(self, step: int, steps: int) -> np.ndarray:
+        """This rank's tokens of some steps, uint16 (steps, *self.shape)."""
         positions = (np.arange(step, step + steps)[:, None] * self.global_batch + self._share).reshape(-1)
-        tokens = self.windows.read(self.order(positions)).reshape(steps, *self.shape)
-        if not self.pin_memory:
-            return torch.from_numpy(tokens.astype(np.int64))
-        pinned = torch.empty(tokens.shape, dtype=torch.int64, pin_memory=True)
-        np.copyto(pinned.numpy(), tokens)
-        return pinned
+        return self.windows.read(self.order(positions)).reshape(steps, *self.shape)
 
     def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
         """How far the epoch's windows are rotated, and its chunks in order, the one that is not full at the
@@ -253,6 +255,13 @@ class ShardLoader:
         for chunk in chunks.tolist():
             first = (chunk * CHUNK_WINDOWS + rotation) % len(self.windows)
             self.windows.read_ahead(first, min(first + CHUNK_WINDOWS, len(self.windows)) - 1)
+
+
+def page_locked(tokens: np.ndarray) -> Tensor:
+    """uint16 tokens as int16 bits in page-locked memory, from which a GPU copies while it computes."""
+    bits = torch.empty(tokens.shape, dtype=torch.int16, pin_memory=True)
+    np.copyto(bits.numpy(), tokens.view(np.int16))
+    return bits
 
 
 def verify_data(data_dir: str | Path, wanted: bool | None, rank: int = 0, world_size: int = 1) -> None:

@@ -181,6 +181,22 @@ def test_prefetching_gives_the_batches_of_the_steps_in_order(tmp_path, monkeypat
                 assert rows(next(batches)) == rows(loader.batch(step))
 
 
+def test_token_ids_survive_the_way_to_a_gpu_in_16_bits(tmp_path, monkeypatch):
+    """The same way with memory that is not page-locked, which needs a GPU."""
+
+    def unlocked(tokens):
+        return torch.from_numpy(tokens.view(np.int16).copy())
+
+    monkeypatch.setattr(loader_module, "page_locked", unlocked)
+    paths, tokens = write_shards(tmp_path, [2000])
+    assert tokens.max() > 2**15
+    loader = ShardLoader(paths, batch_size=20, block_size=8)
+    expected = [rows(loader.batch(step)) for step in range(5)]
+    loader.pin_memory = True
+    with closing(loader.prefetch()) as batches:
+        assert [rows(next(batches)) for _ in range(5)] == expected
+
+
 def test_the_prefetching_thread_ends_with_its_iterator_and_hands_its_errors_over(tmp_path):
     paths, _ = write_shards(tmp_path, [2000])
     before = threading.active_count()
