@@ -79,8 +79,7 @@ class Progress:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args, given, problems = parse_with_config(build_parser(), argv, RIVALS)
+    args, given, problems = parse_with_config(build_parser(), sys.argv[1:] if argv is None else argv, RIVALS)
     problems = problems or check(args, given, distributed.environment("WORLD_SIZE", 1))
     if problems:
         for problem in problems if distributed.environment("LOCAL_RANK", 0) == 0 else ():
