@@ -196,7 +196,7 @@ def worker_processes(count: int, work: Callable[[T], Iterator[R]]) -> Iterator[l
     context = multiprocessing.get_context("spawn")  # works everywhere, and inherits no locks from our threads
     workers: list[_Worker] = []
     try:
-        with _interrupts_ignored():  # inherited: Ctrl-C reaches the whole group, and we decide what it means
+        with _interrupt_ignored():  # inherited: Ctrl-C reaches all, and what it means is ours to say
             for _ in range(count):
                 workers.append(_Worker(context, work))
         yield workers
@@ -208,16 +208,15 @@ def worker_processes(count: int, work: Callable[[T], Iterator[R]]) -> Iterator[l
 
 
 @contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
+def _interrupt_ignored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, before)
 
 
 class _Worker:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -157,7 +158,7 @@ def work(**options) -> Work:
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch):
-    """Nothing is cut off in this process, and hundreds of them are slow. Programs started apart have theirs."""
+    """Nothing cuts this process off, and hundreds of them are slow. Programs started apart have theirs."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -240,11 +241,9 @@ def test_max_tokens_val_tokens_and_shard_name_do_what_they_say(tmp_path, mixed):
 
 
 @pytest.mark.parametrize("kept", [0, 10**9])
-def test_val_fraction_is_a_share_of_all_tokens_whether_they_fit_in_memory_or_not(
-    tmp_path, mixed, monkeypatch, kept
-):
+def test_val_fraction_is_a_share_of_all_tokens_in_memory_or_not(tmp_path, mixed, monkeypatch, kept):
     folder, tokens = mixed
-    monkeypatch.setattr(build, "KEPT_TOKENS", kept)
+    monkeypatch.setattr(build, "KEPT_BYTES", kept)
     args = ["--source", folder, "--shard_size", 3_000, "--out_dir", tmp_path / "out"]
     assert main(*args, "--val_fraction", 0.25, "--max_tokens", 30_001) == 0
     check_folder(tmp_path / "out", tokens[:30_001], 3_000, val_tokens=7_500)
@@ -302,7 +301,8 @@ def finished(tmp_path_factory, mixed):
     folder, tokens = mixed
     out = tmp_path_factory.mktemp("finished") / "out"
     args = ["--source", folder, "--shard_size", 200, "--out_dir", out]
-    assert main(*args) == 0
+    with patch("os.fsync"):
+        assert main(*args) == 0
     check_folder(out, tokens, 200)
     return args[:-1], contents(out)
 
@@ -637,6 +637,20 @@ def test_a_source_without_documents_ends_in_one_line_and_leaves_no_shard(tmp_pat
     assert main("--source", path, "--out_dir", tmp_path / "out") == 0
 
 
+def test_unreadable_parquet_files_stop_the_run_or_are_left_out_and_counted(tmp_path, texts, capsys):
+    folder = tmp_path / "in"
+    tokens = encode(write_source(folder, "parquet", texts))
+    for name in ("a_cut.parquet", "z_cut.parquet"):
+        (folder / name).write_bytes((folder / "a.parquet").read_bytes()[:-9])
+    args = ["--source", folder, "--out_dir", tmp_path / "out", "--shard_size", 900]
+    assert main(*args) == 1
+    assert "_cut.parquet: not a whole parquet file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(*args, "--on_bad_document", "skip") == 0
+    assert "left out: 2 unreadable files\n" in capsys.readouterr().out
+    check_folder(tmp_path / "out", tokens, 900)
+
+
 # ---- verify
 
 
@@ -669,6 +683,15 @@ def test_verify_names_each_damaged_shard(verified, damage, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [path.name in line for path, line in zip(paths, lines[:2], strict=True)] == [True, True]
     assert lines[2].endswith("2 problems")
+
+
+def test_verify_counts_the_documents(verified, capsys):
+    manifest = Manifest.load(verified)
+    manifest.shards[2].documents += 1
+    manifest.save(verified)
+    assert main("--verify", "--out_dir", verified) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert manifest.shards[2].file in lines[0] and "documents begin in it" in lines[0]
 
 
 def test_verify_compares_with_the_documents_themselves(verified, capsys):
@@ -728,17 +751,22 @@ def test_a_faulty_hub_gives_the_same_shards(tmp_path, repo, monkeypatch, faults)
     check_folder(tmp_path / "out", tokens, 3_000, name="fineweb-edu-sample-10BT")
 
 
-def test_a_hub_that_is_gone_ends_in_one_line_and_a_rerun_continues_at_the_same_commit(
+def test_a_hub_that_is_gone_ends_in_one_line_and_a_rerun_goes_on_at_its_commit(
     tmp_path, repo, monkeypatch, capsys
 ):
     files, tokens = repo
-    out = tmp_path / "data" / "fineweb-edu-sample-10BT"
+    out = tmp_path / "data" / "fineweb-edu-sample-10BT"  # the default
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "pretrain.documents.Patience", lambda: Patience(give_up_seconds=1, first_wait_seconds=0.01)
     )
-    monkeypatch.setattr("pretrain.pipeline.THREADS", 1)  # requests come in order: the last one fails
-    with LoopbackHub(files, down_after=11) as hub:
+    monkeypatch.setattr("pretrain.pipeline.MAX_THREADS", 1)
+    monkeypatch.setattr("pretrain.pipeline.HUB_THREADS", 1)  # requests come in order: the last one fails
+    with LoopbackHub(files) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        assert main("--shard_size", 3_000, "--out_dir", tmp_path / "other") == 0
+    capsys.readouterr()
+    with LoopbackHub(files, down_after=hub.counted - 1) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         assert main("--shard_size", 3_000) == 1
     error = capsys.readouterr().err
