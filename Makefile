@@ -55,6 +55,7 @@ export NEXT_STEPS
 quickstart: $(VENV)/.stages
 	@echo "== 1. Text becomes tokens"
 	$(PY) fineweb.py --source input.txt --val_fraction 0.1 --out_dir $(QUICK)/data
+	$(PY) fineweb.py --verify --out_dir $(QUICK)/data
 	@echo "== 2. A small GPT learns them"
 	$(PY) train_gpt2.py --config configs/quickstart.yaml
 	@echo "== 3. It is scored on items in the format of HellaSwag; chance is 0.25, and it knows little"
