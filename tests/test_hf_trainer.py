@@ -308,13 +308,19 @@ def workplace(tmp_path, monkeypatch):
         (["--text", "a.txt", "b.jsonl"], "must be all .txt, .jsonl or .parquet"),
         (["--text", "a.txt"], "too few to train on"),
         (["--text", "b.jsonl"], "no column 'text'; it has story"),
-        (["--key_tokens", "a.txt"], "each line must be one token"),
     ],
 )
 def test_mistakes_are_one_line(more, complaint, data_dir, capsys, workplace):
     assert train(None if "--text" in more else data_dir, "out", *more) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(lines) == 1 and complaint in lines[0]
+
+
+def test_key_tokens_that_are_none_are_refused_before_anything_happens(data_dir, capsys, workplace):
+    with pytest.raises(SystemExit) as stop:
+        train(data_dir, "out", "--key_tokens", "a.txt")
+    assert stop.value.code == 2 and "each line must be one token" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_a_missing_framework_is_named_with_the_requirements_file(monkeypatch):
