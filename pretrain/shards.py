@@ -78,9 +78,7 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Replace the folder's manifest in one step: a reader finds the old one or the new one, whole."""
         record = {"format": FORMAT, "tokens": self.tokens, "documents": self.documents, **vars(self)}
-        text = _readable_json(
-            {"format": FORMAT, **totals, **vars(self), "shards": list(map(vars, self.shards))}
-        )
+        text = _readable_json(record | {"shards": [vars(shard) for shard in self.shards]})
         temporary = folder / f"{MANIFEST}.tmp"
         try:
             with open(temporary, "w", encoding="utf-8") as file:
