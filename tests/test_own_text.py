@@ -215,14 +215,24 @@ def test_samples_are_what_the_checkpoint_of_their_step_generates(data, tmp_path)
             assert record["prompt"] + record["text"] == encoding.decode(out.tolist())
 
 
+@pytest.fixture(scope="module")
+def sampled(data, tmp_path_factory):
+    """A run with a sample at each evaluation."""
+    out_dir = tmp_path_factory.mktemp("sampled") / "out"
+    assert train(data, out_dir, eval_interval=1, dropout=0.1) == 0
+    return out_dir
+
+
 @pytest.mark.parametrize("interval, steps", [(2, [2, 4]), (3, [3, 4]), (0, [])])
-def test_sampling_keeps_to_its_interval_and_changes_nothing_of_the_training(data, tmp_path, interval, steps):
+def test_sampling_keeps_to_its_interval_and_changes_nothing_of_the_training(
+    data, tmp_path, sampled, interval, steps
+):
     assert train(data, tmp_path / "out", eval_interval=1, sample_interval=interval, dropout=0.1) == 0
     records = read_log(tmp_path / "out" / "metrics.jsonl")
     assert [record["step"] for record in records if record["event"] == "sample"] == steps
-    assert train(data, tmp_path / "all", eval_interval=1, sample_interval=1, dropout=0.1) == 0
+    assert list(logged(sampled, "sample", "step")) == [1, 2, 3, 4]
     for event, name in (("train", "loss"), ("eval", "val_loss")):
-        assert logged(tmp_path / "out", event, name) == logged(tmp_path / "all", event, name)
+        assert logged(tmp_path / "out", event, name) == logged(sampled, event, name)
 
 
 # ---- looking on
