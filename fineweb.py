@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -348,16 +349,24 @@ class Stopped(BaseException):
         self.number = number
 
 
-def stop_on_signals() -> None:
+@contextlib.contextmanager
+def stopped_by_signals():
+    """SIGINT and SIGTERM raise Stopped in the main thread, the second one ends the process at once."""
+
     def stop(number, frame):
         for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(
-                each, lambda number, frame: os._exit(128 + number)
-            )  # whoever asks twice wants it now
+            signal.signal(each, lambda number, frame: os._exit(128 + number))
         raise Stopped(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread hears signals
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def kept(args: argparse.Namespace) -> str:
@@ -396,9 +405,9 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    stop_on_signals()
     try:
-        return run(args)
+        with stopped_by_signals():
+            return run(args)
     except Stopped as stop:
         print(f"{PROG}: stopped by {signal.Signals(stop.number).name}; {kept(args)}", file=sys.stderr)
         return 128 + stop.number

@@ -1,7 +1,9 @@
 """Verify a folder of shards: every file against the manifest, samples against the documents they came from.
 
-findings = verify_folder(Path("data/input"))
-findings.problems       # [] or one line for each shard that is damaged
+    findings = verify_folder(Path("data/input"))
+    findings.problems       # [] or one line for each shard that is damaged
+
+Documents are compared where the source is at hand and unchanged; otherwise a note says why they were not.
 """
 
 import os

@@ -187,12 +187,7 @@ def run(*args, code=0, cwd=None, **env) -> str:
 
 def main(*args) -> int:
     """Run fineweb.py in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return fineweb.main([str(arg) for arg in args])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    return fineweb.main([str(arg) for arg in args])
 
 
 # ---- the same shards
@@ -722,7 +717,8 @@ def test_verify_looks_at_folders_of_others_too(tmp_path, capsys):
 @pytest.fixture(scope="session")
 def repo(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("repo")
-    card = "---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
+    card = "---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n"
+    card += "    path: sample/10BT/*\n---\n"
     files = {"README.md": card.encode(), "data/other.parquet": b"never read"}
     for i in range(3):
         write_parquet(folder / "part.parquet", texts[i * 100 : (i + 1) * 100])
