@@ -1,9 +1,9 @@
 """GPT-2 as published: the model, its loss, and its weights from files.
 
-    model = GPT(GPTConfig())                     # 124M parameters; GPT.from_pretrained("gpt2") for OpenAI's
-    weights _, loss = model(x, y)                        # x, y int64 (B, T) model, checkpoint =
-    load_checkpoint("checkpoints/best_val_loss.pt") tokens = model.generate(x, max_new_tokens=50,
-    temperature=0.8, top_k=50, seed=1)
+    model = GPT(GPTConfig())                     # 124M parameters; GPT.from_pretrained("gpt2") is OpenAI's
+    _, loss = model(x, y)                        # x, y int64 (B, T)
+    model, checkpoint = load_checkpoint("checkpoints/best_val_loss.pt")
+    tokens = model.generate(x, max_new_tokens=50, temperature=0.8, top_k=50, seed=1)
 
 Architecture: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019); checked against
 transformers.GPT2LMHeadModel in tests/test_model.py. Token embedding and output head are one matrix. Its rows
@@ -137,8 +137,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_parameters(self) -> None:
-        """N(0, 0.02); the projections into the residual stream, two per block, N(0, 0.02 / sqrt(2
-        n_layer))."""
+        """N(0, 0.02); the two projections of a block into the residual stream N(0, 0.02 / sqrt(2 n_layer))."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -152,8 +151,7 @@ class GPT(nn.Module):
         return self.transformer.wte.weight.device
 
     def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for hidden_states(), in the number format of the weights or of the autocast
-        around."""
+        """An empty cache for hidden_states(), in the number format of the weights, or of autocast around it."""
         kind, dtype = self.device.type, self.transformer.wte.weight.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -196,8 +194,7 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, weights: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """idx int64 (B, T) -> (logits (B, T, vocab_size), None), or with targets int64 (B, T) -> (None,
-        loss).
+        """idx int64 (B, T) -> (logits (B, T, vocab_size), None); with targets int64 (B, T) -> (None, loss).
 
         loss: mean cross entropy in nats over the targets that are not negative (-1 and -100 are left out
         alike). weights, float (B,) or (B, T), multiply the loss of a sequence or of a token and are constants
@@ -238,8 +235,7 @@ class GPT(nn.Module):
         return 6 * n + 12 * c.n_layer * c.n_embd * (seq_len or c.block_size)
 
     def stream(self, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, **sampling) -> Iterator[Tensor]:
-        """Yield the next token of every prompt, int64 (B,), up to max_new_tokens times: see
-        generation.stream."""
+        """Yield the next token of every prompt, int64 (B,): see generation.stream."""
         from pretrain import generation
 
         return generation.stream(self, prompts, max_new_tokens, **sampling)

@@ -12,8 +12,8 @@ def learning_rate(
 ) -> float:
     """Learning rate of the update that turns step `step` into `step + 1`; the first update is step 0.
 
-    Warmup: the `warmup_iters` first updates rise linearly towards `max_lr`, which update `warmup_iters` has;
-    none of them is zero. Then half a cosine down to `min_lr` at `lr_decay_iters`, constant after. The shape is
+    Warmup: the first `warmup_iters` updates rise linearly towards `max_lr`, which the next one has; none of
+    them is zero. Then half a cosine down to `min_lr` at `lr_decay_iters`, constant after. The shape is
     that of GPT-3 (Brown et al. 2020, appendix B), as GPT-2's reproductions use it.
     """
     if step < warmup_iters:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 SAFETENSORS, SHARDS, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# What model.py implements; other values in a config.json would be other models. None: the default, 4 *
-# n_embd.
+# What model.py implements; other values in a config.json would be other models.
 IMPLEMENTED = {
     "model_type": ["gpt2"],
     "activation_function": ["gelu_new", "gelu_pytorch_tanh"],

@@ -307,7 +307,7 @@ def plain_cut(documents, sizes, max_tokens):
 
 
 def interrupted_build(folder, docs, data, sizes, max_tokens):
-    """Pack until a shard is finished, start again from the manifest, and so on; batches are cut anew each time."""
+    """Pack until a shard is finished, start again from the manifest, and so on, with batches cut anew."""
     manifest = Manifest("x", {}, {}, {}, sizes[0])
     manifest.save(folder)
     while not manifest.complete:
