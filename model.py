@@ -137,7 +137,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_parameters(self) -> None:
-        """N(0, 0.02); the two projections of a block into the residual stream N(0, 0.02 / sqrt(2 n_layer))."""
+        """N(0, 0.02); the two projections of a block into its residual N(0, 0.02 / sqrt(2 n_layer))."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -151,7 +151,7 @@ class GPT(nn.Module):
         return self.transformer.wte.weight.device
 
     def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for hidden_states(), in the number format of the weights, or of autocast around it."""
+        """An empty cache for hidden_states(), in the number format of the weights, or of autocast."""
         kind, dtype = self.device.type, self.transformer.wte.weight.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)

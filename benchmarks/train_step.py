@@ -6,10 +6,10 @@
       train_gpt2.py            655 tokens/s    4.90 GB   1.56 x the speed, 0.60 x the memory
       train_gpt2.py --compile  ...
 
-The plain loop is what most scripts do: the same model under autocast, F.cross_entropy on all logits, default
-AdamW, gradient clipping, no compilation. Ours is the update of train_gpt2.py: the model's chunked loss and the
-optimizer of pretrain.optim. Each variant is a process of its own; their steps alternate, so that a machine that
-slows down slows all of them, and medians are compared. Memory is the process's peak (on a GPU: what torch
+The plain loop is what most scripts do: the same model under autocast, F.cross_entropy on all logits,
+default AdamW, gradient clipping, no compilation. Ours is the update of train_gpt2.py: the model's chunked loss and the
+optimizer of pretrain.optim. Each variant is a process of its own; their steps alternate, so that a machine
+that slows down slows all of them, and medians are compared. Memory is the process's peak (on a GPU: what torch
 allocated). With a GPU it also prints MFU; --batch_size 64 fills a large one.
 """
 
