@@ -7,10 +7,10 @@
       train_gpt2.py --compile  ...
 
 The plain loop is what most scripts do: the same model under autocast, F.cross_entropy on all logits,
-default AdamW, gradient clipping, no compilation. Ours is the update of train_gpt2.py: the model's chunked loss and the
-optimizer of pretrain.optim. Each variant is a process of its own; their steps alternate, so that a machine
-that slows down slows all of them, and medians are compared. Memory is the process's peak (on a GPU: what torch
-allocated). With a GPU it also prints MFU; --batch_size 64 fills a large one.
+default AdamW, gradient clipping, no compilation. Ours is the update of train_gpt2.py: the model's chunked
+loss and the optimizer of pretrain.optim. Each variant is a process of its own; their steps alternate, so that
+a machine that slows down slows all of them, and medians are compared. Memory is the process's peak (on a GPU:
+what torch allocated). With a GPU it also prints MFU; --batch_size 64 fills a large one.
 """
 
 import argparse
