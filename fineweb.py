@@ -251,6 +251,7 @@ def build(args: argparse.Namespace) -> int:
 
 def print_plan(folder: Path, source, settings, expected, manifest) -> str | None:
     """Say what will be done. Returns what stands in the way of it."""
+    from pretrain.build import leftovers
     from pretrain.progress import in_bytes, rounded
 
     place = source.description
@@ -271,6 +272,8 @@ def print_plan(folder: Path, source, settings, expected, manifest) -> str | None
     number = f"{tokens:,}" if tokens == settings.max_tokens else f"about {rounded(tokens)}"
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
+    if manifest:
+        free += sum(path.stat().st_size for path in leftovers(folder, manifest))  # will be removed
     disk = f"{in_bytes(2 * tokens)} in {folder} ({in_bytes(free)} free)"
     print(f"shards      {number} tokens, {settings.shard_size:,} in a shard, {disk}")
     there = manifest.tokens if manifest else 0

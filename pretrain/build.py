@@ -141,7 +141,8 @@ def build_shards(
     with _folder_lock(folder):
         manifest, total, batches = Manifest.load(folder), None, None
         if manifest:
-            _remove_leftovers(folder, manifest)
+            for path in leftovers(folder, manifest):
+                path.unlink()
         else:
             _refuse_foreign_shards(folder)
         if manifest and manifest.shards:
@@ -303,10 +304,11 @@ def _refuse_foreign_shards(folder: Path) -> None:
         )
 
 
-def _remove_leftovers(folder: Path, manifest: Manifest) -> None:
+def leftovers(folder: Path, manifest: Manifest) -> list[Path]:
     """Files of a build that was killed: unfinished shards, and one that never came into the manifest."""
-    listed = {shard.file for shard in manifest.shards}
+    listed, found = {shard.file for shard in manifest.shards}, []
     for path in folder.iterdir():
         parts = NAME_PATTERN.fullmatch(path.name.removesuffix(".tmp"))
         if parts and parts["name"] == manifest.name and path.name not in listed:
-            path.unlink()
+            found.append(path)
+    return found

@@ -59,7 +59,6 @@ class Packer:
         at, rows_seen = 0, -1  # what of the batch is in shards: tokens, rows up to this one
         if self.resumed and len(ends):
             at, self.resumed = self.resumed, 0
-            rows_seen = batch.rows[0]
         while at < len(batch.tokens) and not self.done:
             writer = self.writer or self._begin_shard()
             stop = min(len(batch.tokens), at + writer.expected - writer.tokens)

@@ -536,20 +536,19 @@ def test_shards_of_unknown_origin_are_left_alone(tmp_path, mixed, capsys):
     assert (tmp_path / "edufineweb_train_000001.npy").read_bytes() == b"precious"
 
 
-def test_what_a_crash_left_over_is_removed_and_nothing_else(tmp_path, mixed):
+def test_what_a_crash_left_over_is_removed_and_nothing_else(tmp_path, mixed, monkeypatch):
     folder, tokens = mixed
     out = tmp_path / "out"
     args = ["--source", folder, "--out_dir", out, "--shard_size", 9_000, "--max_tokens", 20_000]
     assert main(*args) == 0
     manifest = Manifest.load(out)
-    manifest.next, manifest.complete, lost = (
-        manifest.shards.pop().first,
-        False,
-        out / "mixed_train_000002.npy",
-    )
+    manifest.next, manifest.complete = manifest.shards.pop().first, False
     manifest.save(out)
-    lost.write_bytes(b"half")
+    (out / "mixed_train_000002.npy").write_bytes(b"half" * 1_000)
     (out / "mixed_train_000003.npy.tmp").write_bytes(b"half")
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 0)
+    )  # but for it
     (out / "notes.txt").write_text("mine")
     (out / "other_train_000003.npy").write_text("mine")
     assert main(*args) == 0
