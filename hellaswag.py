@@ -105,13 +105,13 @@ def evaluate(
     its own mode after.
 
     Returns None if `interrupted`, which is asked after each batch, has said so on any rank. Raises
-    HellaSwagError if losses are not finite.
+    HellaSwagError if losses are not finite, or for a vocabulary that is not GPT-2's.
     """
     import numpy as np
     import torch
 
     from pretrain import endings as engine
-    from pretrain.tokenizer import load_encoding
+    from pretrain.tokenizer import VOCAB_SIZE, load_encoding
 
     t0 = time.perf_counter()
     weights = model.parameters() if hasattr(model, "parameters") else ()
@@ -120,6 +120,8 @@ def evaluate(
     items, lengths = zip(*(encode(example, style, encoding) for example in examples), strict=True)
     lengths, labels = np.array(lengths), np.array([example.label for example in examples])
     parts = engine.take_apart(model)
+    if (parts.vocab_size or VOCAB_SIZE) < VOCAB_SIZE:
+        raise HellaSwagError(f"a vocabulary of {parts.vocab_size} tokens is not GPT-2's of {VOCAB_SIZE}")
     rows = engine.make_rows(items, parts.block_size, share=parts.packs)
     batches = engine.make_batches(rows, batch_tokens or engine.BATCH_TOKENS.get(device.type, 4096))
     mine = batches[rank::world_size]  # whole ones, so that rounding does not depend on world_size
@@ -307,7 +309,6 @@ def _first_line(error: Exception) -> str:
 def _load_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The model on the CPU, and what to call it in results."""
     from model import GPT, load_checkpoint
-    from pretrain.tokenizer import VOCAB_SIZE
     from sample import find_checkpoint
 
     if args.model:
@@ -316,10 +317,6 @@ def _load_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         path = find_checkpoint(args.checkpoint)
         model, checkpoint = load_checkpoint(path)
         about = {"name": str(path), "step": checkpoint.get("step")}
-    if model.config.vocab_size < VOCAB_SIZE:
-        raise HellaSwagError(
-            f"{about['name']}: its vocabulary has {model.config.vocab_size} tokens, GPT-2's {VOCAB_SIZE}"
-        )
     return model, about | {"parameters": model.num_parameters()}
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 # Positions in a batch, and how many of them have logits at a time (2,048 times 50,257 logits are 0.6 GB in 16
 # and 32 bits together). A CPU likes what fits its caches, a GPU what keeps it busy.
 BATCH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
-HEAD_ROWS = {"cpu": 256, "mps": 512, "cuda": 2048}
+HEAD_ROWS = {"cpu": 512, "mps": 512, "cuda": 2048}
 # On a CPU the softmax takes a few rows at a time, which fit its second-level cache: 4 times faster than all.
 CPU_SOFTMAX_ROWS = 8
 # GPUs' attention kernels want masks whose width is a multiple of 8.
@@ -139,6 +139,7 @@ class Parts(NamedTuple):
     head: Callable[[Tensor], Tensor]  # (N, anything) -> logits (N, vocabulary)
     packs: bool  # whether the body honours positions and branches, so that endings can share a row
     block_size: int | None  # longest sequence, where known
+    vocab_size: int | None  # where known
 
 
 def take_apart(model: Callable) -> Parts:
@@ -148,15 +149,16 @@ def take_apart(model: Callable) -> Parts:
     while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
     config = getattr(model, "config", None)
-    sizes = (getattr(config, name, None) for name in ("block_size", "n_positions", "max_position_embeddings"))
-    block_size = next((size for size in sizes if size), None)
+    names = ("block_size", "n_positions", "max_position_embeddings")
+    block_size = next((size for name in names if (size := getattr(config, name, None))), None)
+    sizes = block_size, getattr(config, "vocab_size", None)
 
     def ours(tokens: Tensor, positions: Tensor, branches: Tensor) -> Tensor:
         return model.hidden_states(tokens, positions, attention_mask(branches))
 
     def transformers(tokens: Tensor, positions: Tensor, branches: Tensor) -> Tensor:
         mask = attention_mask(branches)
-        if model.config._attn_implementation != "sdpa":  # "eager" adds the mask to the scores
+        if model.config._attn_implementation == "eager":  # adds the mask to the scores
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -math.inf)
         out = model.transformer(tokens, position_ids=positions, attention_mask=mask, use_cache=False)
         return out.last_hidden_state
@@ -167,10 +169,11 @@ def take_apart(model: Callable) -> Parts:
         return out if isinstance(out, Tensor) else out[0]
 
     if hasattr(model, "hidden_states") and hasattr(model, "logits"):
-        return Parts(ours, model.logits, True, block_size)
-    if getattr(config, "model_type", None) == "gpt2" and hasattr(model, "lm_head"):
-        return Parts(transformers, model.lm_head, True, block_size)
-    return Parts(any_other, lambda logits: logits, False, block_size)
+        return Parts(ours, model.logits, True, *sizes)
+    takes_masks = getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+    if getattr(config, "model_type", None) == "gpt2" and hasattr(model, "lm_head") and takes_masks:
+        return Parts(transformers, model.lm_head, True, *sizes)
+    return Parts(any_other, lambda logits: logits, False, *sizes)
 
 
 def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:

@@ -290,7 +290,7 @@ def test_mistakes_end_in_one_line(checkpoint, tmp_path, capsys):
     small = tmp_path / "small.pt"
     little = GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=1, n_embd=8))
     torch.save({"model": little.state_dict(), "model_config": asdict(little.config)}, small)
-    assert "vocabulary has 300 tokens" in fails(capsys, *command(small))
+    assert "vocabulary of 300 tokens" in fails(capsys, *command(small))
 
 
 def test_without_data_and_network_the_error_says_what_to_do(checkpoint, tmp_path, capsys, monkeypatch):
