@@ -8,6 +8,7 @@ Gradients travel over NCCL (GPUs) or gloo (CPUs). Everything else, a few numbers
 gloo group of its own, so that asking for it never waits for a GPU.
 """
 
+import ctypes
 import os
 import sys
 import time
@@ -152,6 +153,21 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory that tensors leave, rather than return it to the kernel.
+
+    glibc returns blocks of some megabytes at once, so that training on a CPU fetches its gigabytes anew in
+    each step, a page fault per 4 KiB: 10 to 20 % of its time. Other C libraries are left as they are.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of glibc's malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc; the last on Windows
+        return
+    mallopt(mmap_threshold, 1 << 30)  # smaller blocks come from the heap
+    mallopt(trim_threshold, -1)  # which does not shrink
+
+
 def meeting_point(rank: int, world_size: int) -> dist.Store:
     """A key-value store that holds nothing but what these processes write to it.
 
@@ -191,12 +207,14 @@ class Ranks:
 
     @classmethod
     def start(cls, device: str = "auto") -> "Ranks":
-        """Join the process groups that torchrun's environment describes. Raises ValueError for a missing
-        device."""
+        """Join the process groups that torchrun's environment describes; on a CPU, keep_freed_memory().
+        Raises ValueError for a missing device."""
         rank, world_size = environment("RANK", 0), environment("WORLD_SIZE", 1)
         place = pick_device(device, environment("LOCAL_RANK", 0))
         if place.type == "cuda":
             torch.cuda.set_device(place)
+        elif place.type == "cpu":
+            keep_freed_memory()
         if world_size == 1:
             return cls(rank, world_size, place)
         where = {"store": meeting_point(rank, world_size), "rank": rank, "world_size": world_size}

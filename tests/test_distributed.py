@@ -3,6 +3,7 @@ the second half look at what they wrote."""
 
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -86,6 +87,20 @@ def test_dropout_follows_from_seed_step_and_micro_batch_alone():
 
 def test_memory_is_counted_in_bytes():
     assert 10**7 < distributed.peak_memory(torch.device("cpu")) < 10**12
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_memory_that_tensors_leave_serves_the_next_ones_without_page_faults():
+    import resource
+
+    distributed.keep_freed_memory()
+    size, rounds = 64 << 20, 20
+    for _ in range(2):  # the second time all memory is there
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(rounds):
+            torch.ones(size, dtype=torch.uint8)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < rounds * size / 4096 / 4  # of pages of 4 KiB, all of which the kernel would give anew
 
 
 def test_alone_a_rank_is_its_own_sum_and_audience():
