@@ -2,15 +2,16 @@
 
     $ python benchmarks/train_step.py
     GPT-2 124M, batch 4 x 1024, bfloat16 on cpu
-      plain loop               420 tokens/s    8.21 GB
-      train_gpt2.py            655 tokens/s    4.90 GB   1.56 x the speed, 0.60 x the memory
+      plain loop               ... tokens/s ... GB
+      train_gpt2.py            ... tokens/s ... GB   ... x the speed (... to ...), ... x the memory
       train_gpt2.py --compile  ...
 
 The plain loop is what most scripts do: the same model under autocast, F.cross_entropy on all logits,
-default AdamW, gradient clipping, no compilation. Ours is the update of train_gpt2.py: the model's chunked
-loss and the optimizer of pretrain.optim. Each variant is a process of its own; their steps alternate, so that
-a machine that slows down slows all of them, and medians are compared. Memory is the process's peak (on a GPU:
-what torch allocated). With a GPU it also prints MFU; --batch_size 64 fills a large one.
+default AdamW, gradient clipping, no compilation. Ours is the update of train_gpt2.py: the model's loss, the
+optimizer of pretrain.optim and, on a CPU, pretrain.distributed.keep_freed_memory. Each variant is a process
+of its own; their steps alternate, so that whatever slows the machine slows all of them. Ratios are medians
+over pairs of neighbouring steps. Memory is the process's peak (on a GPU: what torch allocated). On a GPU it
+also prints MFU, of the dense bfloat16 peak; --batch_size 32 or 64 fills a large one.
 """
 
 import argparse
@@ -108,6 +109,8 @@ def work(size: str, variant: str, batch_size: int, device_name: str) -> None:
     device = distributed.pick_device(device_name)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    elif variant != "plain":
+        distributed.keep_freed_memory()
     torch.manual_seed(0)
     config = GPTConfig(**SIZES[size][0])
     model = GPT(config).to(device)
