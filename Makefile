@@ -36,7 +36,7 @@ define NEXT_STEPS
 What there is now
   $(QUICK)/report.html       curves, samples, settings, findings: open it in a browser
   $(QUICK)/metrics.jsonl     the same in numbers, a line for every event
-  $(QUICK)/final_model.pt    the last model, which has learnt the text by heart; the samples are its own
+  $(QUICK)/final_model.pt    the last model, which has seen the text 20 times; the samples are its own
   $(QUICK)/best_val_loss.pt  the one with the lowest validation loss; the score is of this one
   $(QUICK)/data              the tokens
 The validation loss first falls below the unigram entropy (both are in the lines of step 2): more than
