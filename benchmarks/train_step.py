@@ -6,12 +6,13 @@
       train_gpt2.py            ... tokens/s ... GB   ... x the speed (... to ...), ... x the memory
       train_gpt2.py --compile  ...
 
-The plain loop is what most scripts do: the same model under autocast, F.cross_entropy on all logits,
-default AdamW, gradient clipping, no compilation. Ours is the update of train_gpt2.py: the model's loss, the
-optimizer of pretrain.optim and, on a CPU, pretrain.distributed.keep_freed_memory. Each variant is a process
-of its own; their steps alternate, so that whatever slows the machine slows all of them. Ratios are medians
-over pairs of neighbouring steps. Memory is the process's peak (on a GPU: what torch allocated). On a GPU it
-also prints MFU, of the dense bfloat16 peak; --batch_size 32 or 64 fills a large one.
+The plain loop is what most scripts do: the same model under autocast, everything kept for the backward pass,
+F.cross_entropy on all logits, default AdamW, gradient clipping, no compilation. Ours is the update of
+train_gpt2.py: the model as it is with its loss, the optimizer of pretrain.optim and, on a CPU,
+pretrain.distributed.keep_freed_memory. Each variant is a process of its own; their steps alternate, so that
+whatever slows the machine slows all of them. Ratios are medians over pairs of neighbouring steps. Memory is
+the process's peak (on a GPU: what torch allocated). On a GPU it also prints MFU, of the dense bfloat16 peak;
+--batch_size 32 or 64 fills a large one.
 """
 
 import argparse
@@ -144,6 +145,9 @@ def make_step(model, variant: str, device):
 
     autocast = torch.autocast(device.type, dtype=torch.bfloat16)
     if variant == "plain":
+        for block in model.transformer.h:
+            mlp = block.mlp
+            mlp.forward = lambda x, mlp=mlp: mlp.project(mlp.c_fc(x))
         optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
         def forward(x, y):

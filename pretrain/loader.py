@@ -33,7 +33,7 @@ from pretrain.shards import NAME_PATTERN, Manifest, ShardError, open_shard, veri
 CHUNK_WINDOWS = 2048
 POOL_CHUNKS = 32
 VERIFIED_BYTES = 2 * 10**9  # data sets up to this size are hashed whenever a run starts: a second per GB
-READ_AHEAD_TOKENS = 2**19  # the prefetching thread makes at least this many tokens at a time, 1 MiB
+READ_AHEAD_TOKENS = 2**20  # the prefetching thread makes at least this many tokens at a time, 1 MiB
 
 
 class TokenWindows:
@@ -68,15 +68,17 @@ class TokenWindows:
         which is not below vocab_size."""
         starts = numbers * self.stride
         shards = np.searchsorted(self.ends, starts, side="right")
-        offsets = starts - np.append(0, self.ends)[shards]
-        # Views of bytes, joined in one go: three times as fast as slices of arrays, one by one.
-        parts, size = [], 2 * (self.block_size + 1)
-        for shard, offset in zip(shards.tolist(), (2 * offsets).tolist(), strict=True):
-            part = self._open(shard)[offset : offset + size]
+        offsets = 2 * (starts - np.append(0, self.ends)[shards])  # in bytes
+        # Views of bytes, joined in one go: four times as fast as slices of arrays, one by one.
+        size = 2 * (self.block_size + 1)
+        maps = {shard: self._open(shard) for shard in set(shards.tolist())}
+        parts = [maps[s][i : i + size] for s, i in zip(shards.tolist(), offsets.tolist(), strict=True)]
+        for window in np.flatnonzero(starts + self.block_size >= self.ends[shards]):
+            part, shard = bytes(parts[window]), shards[window]
             while len(part) < size:  # the window goes on in the next shard
                 shard += 1
-                part = bytes(part) + bytes(self._open(shard)[: size - len(part)])
-            parts.append(part)
+                part += bytes(self._open(shard)[: size - len(part)])
+            parts[window] = part
         tokens = np.frombuffer(b"".join(parts), dtype="<u2").reshape(len(numbers), self.block_size + 1)
         if tokens.max(initial=0) >= self.vocab_size:
             self._report_bad_id(tokens, starts)
@@ -196,9 +198,9 @@ class ShardLoader:
                     raise item
                 if isinstance(item, Tensor):  # 16 bits a token travel, the device widens them
                     item = item.to(device, non_blocking=True).long() & 0xFFFF
+                else:
+                    item = torch.from_numpy(item.astype(np.int64)).to(device)
                 for tokens in item:
-                    if isinstance(tokens, np.ndarray):
-                        tokens = torch.from_numpy(tokens.astype(np.int64)).to(device)
                     yield tokens[..., :-1], tokens[..., 1:]
         finally:
             closed.set()

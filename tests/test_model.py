@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, CheckpointError, GPTConfig, linear_cross_entropy, load_checkpoint
+from model import GPT, CheckpointError, GPTConfig, linear, linear_cross_entropy, load_checkpoint
 from pretrain.optim import make_optimizer
 
 SIZES = {"block_size": 16, "vocab_size": 100, "n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -70,6 +70,34 @@ def plain_loss(hidden, weight, targets, weights=None):
     logits = (hidden @ weight.t()).float()
     losses = F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="none")
     return (losses if weights is None else losses * weights).sum() / (targets >= 0).sum()
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 1), (2, 2), (1, 5), (6, 1), (0, 1), ()], ids=str)
+@pytest.mark.parametrize("out_features", [6, 7])
+@pytest.mark.parametrize("has_bias", [True, False])
+@torch.no_grad()
+def test_a_product_with_any_number_of_rows_is_that_of_torch(shape, out_features, has_bias):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(*shape, 5), torch.randn(out_features, 5), torch.randn(out_features)
+    bias = bias if has_bias else None
+    product = linear(x, weight, bias)
+    assert product.shape == (*shape, out_features)
+    torch.testing.assert_close(product, F.linear(x, weight, bias))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+
+
+def test_gelu_is_computed_again_in_the_backward_pass_and_only_in_training(monkeypatch):
+    model = gpt(0, n_layer=3)
+    x, y = tokens(model, 2, 2, 16)
+    calls, gelu = [], F.gelu
+    monkeypatch.setattr(F, "gelu", lambda *args, **kwargs: calls.append(1) or gelu(*args, **kwargs))
+    _, loss = model.train()(x, y)
+    assert len(calls) == 3
+    loss.backward()
+    assert len(calls) == 6
+    model.eval()(x, y)
+    assert len(calls) == 9
 
 
 # --- Agreement with transformers
