@@ -53,7 +53,7 @@ PUBLISHED = {
     "completion": {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)},
     "lm-eval": {"gpt2": (0.2892, 0.3114), "gpt2-xl": (0.4004, 0.5089)},
 }
-DEFAULT_CHECKPOINT = "checkpoints/best_val_loss.pt"
+DEFAULT_CHECKPOINT = Path("checkpoints/best_val_loss.pt")
 
 
 @dataclass(frozen=True)
@@ -248,8 +248,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="of the computation (default: bfloat16 where the device computes in it, else float16 on a GPU, "
              "else float32)")
-    add("--compile", action="store_true",
-        help="torch.compile: half a minute at the start, then faster; for the complete set on a CPU")
     add = parser.add_argument_group("results").add_argument
     add("--output", type=Path, metavar="FILE.json",
         help="write accuracies, standard errors, model, data hash, settings, versions and seconds")
@@ -269,7 +267,7 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    first = os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         files = [file for file in (args.output, args.per_example) if file]
         for file in files:
@@ -278,43 +276,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             data = args.data or ensure_data(args.split, progress=first)
         except DataUnavailable as error:
-            raise DataUnavailable(f"{error}; a copy made elsewhere can be given with --data") from None
+            raise DataUnavailable(f"{error}; a copy from elsewhere can be named with --data") from None
         examples = load_examples(data, args.limit)
         model, about = _load_model(args)
     except _user_errors() as error:
-        # All ranks fail alike up to here: one of them says so.
-        if first:
-            print(f"hellaswag.py: error: {_first_line(error)}", file=sys.stderr)
+        if first:  # up to here all ranks of a machine fail alike: one of them says so
+            print(f"hellaswag.py: error: {_one_line(error)}", file=sys.stderr)
         return 1
     try:
         return _run(args, model, about, data, examples)
     except _user_errors() as error:
-        print(f"hellaswag.py: error: {_first_line(error)}", file=sys.stderr)
+        print(f"hellaswag.py: error: {_one_line(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
     import torch
 
     from model import CheckpointError
+    from pretrain import checkpoint as checkpoints
     from pretrain.tokenizer import TokenizerUnavailable
 
-    return HellaSwagError, CheckpointError, TokenizerUnavailable, torch.OutOfMemoryError, ValueError, OSError
+    ours = HellaSwagError, CheckpointError, checkpoints.CheckpointError, TokenizerUnavailable
+    return *ours, torch.OutOfMemoryError, ValueError, OSError
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _one_line(error: Exception) -> str:
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{line} Try a smaller --batch_tokens." if "OutOfMemory" in type(error).__name__ else line
 
 
 def _load_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The model on the CPU, and what to call it in results."""
     from model import GPT, load_checkpoint
-    from sample import find_checkpoint
+    from pretrain import checkpoint as checkpoints
 
     if args.model:
         model, about = GPT.from_pretrained(args.model), {"name": args.model}
     else:
-        path = find_checkpoint(args.checkpoint)
+        path = checkpoints.model_file(args.checkpoint or DEFAULT_CHECKPOINT)
         model, checkpoint = load_checkpoint(path)
         about = {"name": str(path), "step": checkpoint.get("step")}
     return model, about | {"parameters": model.num_parameters()}
@@ -329,9 +331,6 @@ def _run(args: argparse.Namespace, model: Any, about: dict, data: Path, examples
     dtype = pick_dtype(args.dtype, ranks.device)
     batch_tokens = args.batch_tokens or BATCH_TOKENS[ranks.device.type]
     model.to(ranks.device)
-    if args.compile:
-        for block in model.transformer.h:  # alike, so that one compilation serves all
-            block.compile(dynamic=True)
     result = evaluate(
         model, examples, style=args.style, batch_tokens=batch_tokens, device=ranks.device, dtype=dtype,
         rank=ranks.rank, world_size=ranks.world_size, group=ranks.control, progress=True,
@@ -340,7 +339,7 @@ def _run(args: argparse.Namespace, model: Any, about: dict, data: Path, examples
         for i in range(min(args.show, result.n)):
             print(_shown(examples[i], result, i))
         settings = {
-            "device": str(ranks.device), "dtype": str(dtype).removeprefix("torch."), "compile": args.compile,
+            "device": str(ranks.device), "dtype": str(dtype).removeprefix("torch."),
             "batch_tokens": batch_tokens, "world_size": ranks.world_size, "limit": args.limit,
         }  # fmt: skip
         about = {"model": about, "data": _describe(data), "settings": settings}

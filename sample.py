@@ -107,6 +107,7 @@ def read_prompts(file: Path) -> list[str]:
 def load_model(checkpoint: Path | None, name: str | None, device: str, dtype: str):
     """The model on its device, and a line that says what it is. Raises CheckpointError, ValueError."""
     from model import GPT, load_checkpoint
+    from pretrain import checkpoint as checkpoints
     from pretrain.distributed import pick_device, pick_dtype
     from pretrain.tokenizer import VOCAB_SIZE
 
@@ -115,7 +116,7 @@ def load_model(checkpoint: Path | None, name: str | None, device: str, dtype: st
     if name is not None:
         model, source = GPT.from_pretrained(name), name
     else:
-        path = find_checkpoint(checkpoint)
+        path = checkpoints.model_file(checkpoint or DEFAULT_CHECKPOINT)
         model, saved = load_checkpoint(path)
         source = f"{path}, step {saved['step']}" if "step" in saved else str(path)
     if model.config.vocab_size < VOCAB_SIZE:
@@ -123,20 +124,6 @@ def load_model(checkpoint: Path | None, name: str | None, device: str, dtype: st
         raise ValueError(f"{source}: a vocabulary of {size} tokens, but GPT-2's tokenizer has {VOCAB_SIZE}")
     about = f"{source}: {model.num_parameters() / 1e6:.1f}M parameters in {number_format} on {place}"
     return model.to(place, number_format), about.replace("torch.", "")
-
-
-def find_checkpoint(path: Path | None) -> Path:
-    """The file to read for --checkpoint: in a run's folder the best one. Raises ValueError."""
-    if path is None and not DEFAULT_CHECKPOINT.is_file():
-        raise ValueError(f"no {DEFAULT_CHECKPOINT} yet: train a model with train_gpt2.py, name a file with "
-                         "--checkpoint, or take a published model with --model gpt2")  # fmt: skip
-    path = path or DEFAULT_CHECKPOINT
-    if not path.is_dir():
-        return path
-    for name in ("best_val_loss.pt", "final_model.pt"):
-        if (path / name).is_file():
-            return path / name
-    raise ValueError(f"{path}: neither best_val_loss.pt nor final_model.pt in this folder")
 
 
 def print_texts(prompts: Sequence[str], steps: Iterable[Sequence[str | None]], stream: bool) -> None:

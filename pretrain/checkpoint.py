@@ -32,6 +32,22 @@ def iter_name(step: int, val_loss: float) -> str:
     return f"iter-{step}-loss-{val_loss:.4f}.pt"
 
 
+def model_file(path: Path) -> Path:
+    """The file to read when somebody names this path: in the folder of a run its best checkpoint. Raises
+    CheckpointError when nothing is there."""
+    if path.is_dir():
+        found = next((path / name for name in (BEST, FINAL) if (path / name).is_file()), None)
+        if found is None:
+            raise CheckpointError(f"{path}: neither {BEST} nor {FINAL} in this folder")
+        return found
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such file; train a model with train_gpt2.py, name another file with --checkpoint, or"
+            " take a published model with --model gpt2"
+        )
+    return path
+
+
 def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
     """Write a dict of tensors and plain values; when this returns it is on the disk under its name.
 
