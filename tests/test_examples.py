@@ -47,6 +47,14 @@ def test_the_bundled_items_are_in_hellaswags_format():
     assert sum("[step]" in line["ctx"] for line in lines) >= 3
 
 
+@pytest.mark.parametrize("choose", [min, max])
+def test_the_bundled_items_are_not_given_away_by_the_length_of_their_endings(choose):
+    """A loss summed over the tokens favours short endings: of a random model that should be chance."""
+    items = [json.loads(line) for line in ITEMS.read_text().splitlines()]
+    found = sum(len(item["endings"][item["label"]]) == choose(map(len, item["endings"])) for item in items)
+    assert found <= 0.4 * len(items)
+
+
 def test_labels_may_be_numbers_or_strings_and_blank_lines_do_not_count(tmp_path):
     path = write(tmp_path / "a.jsonl", GOOD, "", {**GOOD, "label": "2", "ind": 9}, "  ")
     assert [(e.ind, e.label) for e in load_examples(path)] == [(7, 0), (9, 2)]
