@@ -60,8 +60,7 @@ class KVCache:
         self.length = 0  # positions filled
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k and v (B, n_head, T, head_dim) after the filled positions; return a layer's keys and values
-        so far."""
+        """Put k, v (B, n_head, T, head_dim) after the filled positions; return all keys, values of layer."""
         end = self.length + k.size(2)
         keys, values = self.data[layer, :, :, :, :end]
         keys[:, :, self.length :] = k
@@ -75,9 +74,8 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, 2 to 6 times as fast for 1 to 4 rows in float32 on a CPU: tokens that are being generated.
-    MKL (2024.2) multiplies a matrix with one vector in a single thread and with a few no faster; as a batch
-    of two halves of the matrix both are as fast as memory is."""
+    """F.linear. With 1 to 4 rows in float32 on a CPU, that is in generation, MKL (2024.2) is single-threaded
+    or slow: as a batch of two halves of the weight the product is 2 to 6 times as fast."""
     rows = x.numel() // x.size(-1)
     if (
         not 0 < rows <= 4 or len(weight) % 2 or torch.is_grad_enabled() or x.device.type != "cpu"
@@ -109,8 +107,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """In training GELU is computed again in the backward pass. Its output would be a fifth of what a block
-    keeps; the repetition is 2 % of the time on a CPU."""
+    """In training GELU is computed again in backward: 2 % of the time on a CPU for a fifth of the memory."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
