@@ -36,7 +36,7 @@ define NEXT_STEPS
 What there is now
   $(QUICK)/report.html       curves, samples, settings, findings: open it in a browser
   $(QUICK)/metrics.jsonl     the same in numbers, a line for every event
-  $(QUICK)/final_model.pt    the last model, which has seen the text 20 times; the samples are its own
+  $(QUICK)/final_model.pt    the last model, which has seen the text 24 times; the samples are its own
   $(QUICK)/best_val_loss.pt  the one with the lowest validation loss; the score is of this one
   $(QUICK)/data              the tokens
 The validation loss first falls below the unigram entropy (both are in the lines of step 2): more than
@@ -62,7 +62,7 @@ quickstart: $(VENV)/.stages
 	$(PY) hellaswag.py --checkpoint $(QUICK)/best_val_loss.pt --data tests/data/hellaswag_items.jsonl
 	@echo "== 4. It writes"
 	$(PY) sample.py --checkpoint $(QUICK)/final_model.pt --prompt "The boat" --num_samples 2 \
-		--max_new_tokens 60 --seed 1
+		--max_new_tokens 60 --temperature 0.5 --seed 1
 	@echo "== 5. What happened, as a page"
 	$(PY) -m pretrain.report $(QUICK)
 	@echo "$$NEXT_STEPS"
