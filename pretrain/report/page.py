@@ -19,7 +19,6 @@ import numpy as np
 
 from pretrain.report.drawing import COLORS, Plot, compact_number, darkened, to_svg
 from pretrain.report.findings import MIN_POINTS, Finding
-from pretrain.report.plots import HELLASWAG_EXAMPLES
 from pretrain.report.runs import Record, Run, column, hellaswag_results, number, smooth
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script runs, nothing is loaded
@@ -90,8 +89,8 @@ def key_figures(run: Run) -> list[Figure]:
     for scoring, results in hellaswag_results(run).items():
         at, result = results[-1]
         note = f"acc_norm at step {at:,}"
-        if math.isfinite(count := number(result.get("n"))) and count != HELLASWAG_EXAMPLES:
-            note += f", {count:,.0f} of {HELLASWAG_EXAMPLES:,} examples"
+        if math.isfinite(count := number(result.get("n"))):
+            note += f", {count:,.0f} examples"
         figures.append(Figure(f"HellaSwag, {scoring}", f"{100 * number(result['acc_norm']):.2f} %", note))
     rate = column(run.train, "tokens_per_second")
     share = column(run.train, "mfu")
