@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from free_port import free_port
 
 from pretrain import distributed
 from pretrain.distributed import Ranks, peak_flops, pick_device, pick_dtype, seed_dropout
@@ -269,11 +269,9 @@ with open(os.path.join({folder!r}, f"{{ranks.rank}}.json"), "w") as file:
 def found(tmp_path_factory):
     """What each of two processes found, by rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     code = TWO_RANKS.format(root=str(ROOT), folder=str(folder))
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    port = str(free_port())
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **shared, "RANK": str(rank)})
         for rank in range(2)

@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from free_port import free_port
 
 import train_gpt2
 from model import GPT, GPTConfig
@@ -649,9 +649,7 @@ def test_torchrun_restarts_a_killed_rank_and_two_ranks_train_as_one(data, tmp_pa
 
 
 def start_ranks(flags, world_size):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     shared = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size)}
     command = [sys.executable, str(ROOT / "train_gpt2.py"), *flags]
     ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
