@@ -272,6 +272,7 @@ class Ranks:
         """Leave the process groups. Only when all ranks do: it waits for work that is under way."""
         if self.world_size > 1:
             dist.destroy_process_group()
+            self.control = None  # its threads end here: at the interpreter's end they could abort the process
 
 
 def _outcome(function: Callable, arguments: tuple) -> tuple[Any, Exception | None]:

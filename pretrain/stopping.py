@@ -54,6 +54,7 @@ class StopSignal:
             signal.signal(number, handler)
         if self._under_way and exception[0] is None:
             self._under_way[0].wait()
+        self._under_way = None
 
     def _note(self, number: int, frame: object) -> None:
         self.number = self.number or number
