@@ -6,7 +6,7 @@ import socket
 
 
 def free_port():
-    """One that nothing listens on, from below those that systems give out by themselves (from 32768 on): other
+    """One that nothing listens on, below those that systems give out by themselves (from 32768 on): other
     tests open connections all the time, and one of them could be given it in between."""
     for port in random.sample(range(20_000, 32_000), 100):
         with contextlib.suppress(OSError), socket.socket() as probe:
