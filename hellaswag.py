@@ -111,6 +111,7 @@ def evaluate(
     import torch
 
     from pretrain import endings as engine
+    from pretrain.generation import evaluating
     from pretrain.tokenizer import VOCAB_SIZE, load_encoding
 
     t0 = time.perf_counter()
@@ -128,7 +129,7 @@ def evaluate(
 
     losses = np.zeros((len(items), 4))
     stopped = False
-    with _eval_mode(model), engine.computing(device, dtype), _bar(mine, progress and rank == 0) as show:
+    with evaluating(model), engine.computing(device, dtype), _bar(mine, progress and rank == 0) as show:
         for scores in engine.score(parts, mine, device):
             losses[scores.items, scores.choices] = scores.sums
             show(scores, losses, lengths, labels)
@@ -157,18 +158,6 @@ def _accuracies(losses: "np.ndarray", lengths: "np.ndarray", labels: "np.ndarray
         stderr = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else math.nan
         found |= {f"picks{norm}": picks, f"acc{norm}": share, f"acc{norm}_stderr": stderr}
     return found
-
-
-@contextlib.contextmanager
-def _eval_mode(model: Callable) -> Iterator[None]:
-    training = getattr(model, "training", False)
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
 
 
 @contextlib.contextmanager

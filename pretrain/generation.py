@@ -7,7 +7,7 @@ The model is an argument: a model.GPT, which offers both as methods.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ def stream(
         if tokens.size(1) - start > model.config.block_size:
             start, cache = tokens.size(1) - model.config.block_size + slide - 1, None
         context = tokens[:, start:]
-        with _evaluating(model):
+        with evaluating(model):
             cache = cache or model.new_cache(len(tokens))
             new = context[:, cache.length :]
             where = _among_padding(context.size(1), new.size(1), padding - start) if is_padded else ()
@@ -146,9 +146,9 @@ def _sample(
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and back to the mode of before."""
-    training = model.training
+def evaluating(model: Callable) -> Iterator[None]:
+    """Eval mode inside, and back to the mode of before; nothing for what has no modes."""
+    training = getattr(model, "training", False)
     if training:
         model.eval()
     try:
