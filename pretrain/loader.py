@@ -33,7 +33,7 @@ from pretrain.shards import NAME_PATTERN, Manifest, ShardError, open_shard, veri
 CHUNK_WINDOWS = 2048
 POOL_CHUNKS = 32
 VERIFIED_BYTES = 2 * 10**9  # data sets up to this size are hashed whenever a run starts: a second per GB
-READ_AHEAD_TOKENS = 2**20  # the prefetching thread makes at least this many tokens at a time, 1 MiB
+READ_AHEAD_TOKENS = 2**20  # the prefetching thread makes at least this many tokens at a time, 2 MiB
 
 
 class TokenWindows:

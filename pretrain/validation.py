@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.distributed import Ranks
+from pretrain.generation import evaluating
 from pretrain.loader import TokenWindows
 
 IGNORED = -1  # the target of padding: GPT.score leaves negative targets out
@@ -49,21 +50,19 @@ def evaluate(
     out and the numbers mean nothing; all ranks still meet in the reduction. The model is in eval mode
     meanwhile, in its own mode after.
     """
-    was_training = model.training
-    model.eval()
     sums = []
-    for windows, numbers in sets.values():
-        totals = torch.zeros(3, dtype=torch.float64)
-        mine = numbers[ranks.rank :: ranks.world_size]
-        for i in range(0, len(mine), batch_size):
-            if interrupted():
-                break
-            x, y = padded_batch(windows, mine[i : i + batch_size], batch_size)
-            with autocast:
-                scores = model.score(x.to(ranks.device), y.to(ranks.device))
-            totals += torch.tensor([score.item() for score in scores], dtype=torch.float64)
-        sums += totals.tolist()
-    model.train(was_training)
+    with evaluating(model):
+        for windows, numbers in sets.values():
+            totals = torch.zeros(3, dtype=torch.float64)
+            mine = numbers[ranks.rank :: ranks.world_size]
+            for i in range(0, len(mine), batch_size):
+                if interrupted():
+                    break
+                x, y = padded_batch(windows, mine[i : i + batch_size], batch_size)
+                with autocast:
+                    scores = model.score(x.to(ranks.device), y.to(ranks.device))
+                totals += torch.tensor([score.item() for score in scores], dtype=torch.float64)
+            sums += totals.tolist()
     sums = iter(ranks.sum(*sums))
     return {
         name: {"loss": loss / max(count, 1), "accuracy": correct / max(count, 1), "tokens": int(count)}
