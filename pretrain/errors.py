@@ -1,0 +1,111 @@
+"""What a user can mend, said in one line, by every program in the same way.
+
+class ShardError(UserError): ...
+raise ShardError(f"{path}: cut short; rebuild it with fineweb.py")
+
+def main(argv=None) -> int:
+    with program("fineweb.py") as outcome:
+        outcome.status = run(argv)
+    return outcome.status       # 1 after "fineweb.py: error: ..." on stderr
+"""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+
+class UserError(Exception):
+    """What its user can mend: the message is one line that says what, where and the way out."""
+
+    on_all_ranks = (
+        False  # whether every rank of a torchrun raises the same: then one of them says it
+    )
+
+
+@dataclass
+class Outcome:
+    """How a program ends."""
+
+    status: int = 0
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where the message is empty.
+
+    >>> first_line(ValueError("bad header\\nat byte 7"))
+    'bad header'
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def without_credentials(text: str) -> str:
+    """The text with user names, passwords and signatures taken out of the addresses in it.
+
+    >>> without_credentials("https://me:secret@hub.test/x?X-Amz-Signature=abc: HTTP 500")
+    'https://hub.test/x?...: HTTP 500'
+    """
+    text = re.sub(r"(\w+://)[^/\s@]*@", r"\1", text)
+    return re.sub(r"(\w+://[^\s?]*)\?[^\s:]*", r"\1?...", text)
+
+
+def say(name: str, message: str, kind: str = "error") -> None:
+    """One line on stderr, whatever the message holds; a stderr that is gone is no reason to
+    stop."""
+    line = without_credentials(" ".join(message.split()))
+    with contextlib.suppress(OSError, ValueError):
+        print(f"{name}: {kind}: {line}", file=sys.stderr, flush=True)
+
+
+def prepare_streams() -> None:
+    """Let stdout and stderr take any text: what their encoding lacks is written as \\x.. or ?, so
+    that a sample or a file name never ends a program (a redirected Windows console writes
+    cp1252)."""
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            stream.reconfigure(errors=errors)
+
+
+def release_stdout() -> None:
+    """Point stdout at nothing, for the flush at exit, after its reader has gone away."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def program(name: str, is_speaker: Callable[[], bool] = lambda: True) -> Iterator[Outcome]:
+    """The net around a program: the one place where errors become a line and an exit status.
+
+    UserError, OSError and running out of memory: one line, status 1. Ctrl-C: status 130. A reader
+    of stdout that goes away (`| head`): status 0. Everything else is a fault of ours and keeps its
+    traceback. is_speaker: whether this rank says an error that all ranks have.
+    """
+    outcome = Outcome()
+    prepare_streams()
+    try:
+        yield outcome
+        sys.stdout.flush()
+    except UserError as error:
+        outcome.status = 1
+        if is_speaker() or not error.on_all_ranks:
+            say(name, str(error))
+    except BrokenPipeError:
+        release_stdout()
+    except OSError as error:
+        outcome.status = 1
+        say(name, first_line(error))
+    except MemoryError:
+        outcome.status = 1
+        say(name, "out of memory; give smaller sizes")
+    except KeyboardInterrupt:
+        outcome.status = 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        outcome.status = 1
+        say(name, f"{str(error).split('. ')[0]}; try a smaller --batch_size")
