@@ -2,7 +2,8 @@
 """Stage 1: documents in, GPT-2 tokens out, as shards that train_gpt2.py and others read.
 
     $ python fineweb.py                          # FineWeb-Edu sample-10BT: 10 billion tokens, 20 GB
-    $ python fineweb.py --source input.txt       # your own text: .txt, .jsonl, .parquet, folders of them
+    $ python fineweb.py --source input.txt       # your own text: .txt, .jsonl, .parquet, folders of
+    them
 
 Whatever stops it, the same command continues. `--help` tells the rest.
 """
@@ -20,7 +21,10 @@ from pathlib import Path
 
 PROG = "fineweb.py"
 DATASET, NAME = "HuggingFaceFW/fineweb-edu", "sample-10BT"
-NAMED_DATASETS = (DATASET, "HuggingFaceFW/fineweb")  # all of these is more than anyone wants by accident
+NAMED_DATASETS = (
+    DATASET,
+    "HuggingFaceFW/fineweb",
+)  # all of these is more than anyone wants by accident
 ON_THE_HUB = ("dataset", "name", "split", "revision")  # flags that belong to datasets on the Hub
 
 DESCRIPTION = """\
@@ -78,7 +82,10 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def add_document_flags(add) -> None:
     add("--dataset", metavar="OWNER/NAME", help=f"dataset on the Hub (default: {DATASET})")
-    add("--name", help=f"its configuration (default: {NAME} for FineWeb and FineWeb-Edu, else the dataset's)")
+    add(
+        "--name",
+        help=f"its configuration (default: {NAME} for FineWeb and FineWeb-Edu, else the dataset's)",
+    )
     add("--split", help="its split (default: train)")
     add(
         "--revision",
@@ -92,7 +99,12 @@ def add_document_flags(add) -> None:
         "at lines <|endoftext|>; the last two also as .gz and .zst",
     )
     add("--text_column", default="text", help="column or key with the text (default: %(default)s)")
-    add("--max_tokens", type=count, metavar="N", help="stop after exactly so many tokens (default: all)")
+    add(
+        "--max_tokens",
+        type=count,
+        metavar="N",
+        help="stop after exactly so many tokens (default: all)",
+    )
     add(
         "--on_bad_document",
         choices=("stop", "skip"),
@@ -184,13 +196,19 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         problems.append(f"--val_fraction {args.val_fraction}: expected a share between 0 and 1")
     if args.val_fraction is not None and args.val_tokens is not None:
-        problems.append("--val_tokens and --val_fraction both size the validation shard: give one of them")
+        problems.append(
+            "--val_tokens and --val_fraction both size the validation shard: give one of them"
+        )
     if args.val_fraction is not None and not args.source and not args.verify:
-        problems.append("--val_fraction needs all tokens counted first: for --source only; give --val_tokens")
+        problems.append(
+            "--val_fraction needs all tokens counted first: for --source only; give --val_tokens"
+        )
     if args.max_tokens and (args.val_tokens or 1) >= args.max_tokens:
         problems.append("--max_tokens leaves nothing to train on behind the validation shard")
     if args.check_every < 0:
-        problems.append(f"--check_every {args.check_every}: expected a number of documents, or 0 for none")
+        problems.append(
+            f"--check_every {args.check_every}: expected a number of documents, or 0 for none"
+        )
     if args.shard_name is not None and not is_file_name(args.shard_name):
         problems.append(f"--shard_name {args.shard_name!r}: cannot begin a file name")
     return problems
@@ -209,13 +227,19 @@ def hub_name(args: argparse.Namespace) -> str:
 
 
 def build(args: argparse.Namespace) -> int:
-    from pretrain.build import Settings, Work, build_shards, refuse_changes, refuse_differences
-    from pretrain.documents import hub_source, local_source
-    from pretrain.estimate import estimate
-    from pretrain.pipeline import MAX_THREADS, cores
-    from pretrain.progress import ConsoleProgress
-    from pretrain.shards import Manifest
-    from pretrain.tokenizer import Tokenizer
+    from pretrain.text.documents import hub_source, local_source
+    from pretrain.tokens.build import (
+        Settings,
+        Work,
+        build_shards,
+        refuse_changes,
+        refuse_differences,
+    )
+    from pretrain.tokens.estimate import estimate
+    from pretrain.tokens.pipeline import MAX_THREADS, cores
+    from pretrain.tokens.progress import ConsoleProgress
+    from pretrain.tokens.shards import Manifest
+    from pretrain.tokens.tokenizer import Tokenizer
 
     settings = Settings(**{flag: getattr(args, flag) for flag in Settings.__dataclass_fields__})
     source = local_source(args.source, text_column=args.text_column) if args.source else None
@@ -232,7 +256,12 @@ def build(args: argparse.Namespace) -> int:
             return 0
         revision = manifest.source.get("commit")  # what was begun stays with its commit
     if source is None:
-        hub = {"name": args.name, "split": args.split, "revision": revision, "text_column": args.text_column}
+        hub = {
+            "name": args.name,
+            "split": args.split,
+            "revision": revision,
+            "text_column": args.text_column,
+        }
         source = hub_source(args.dataset, **hub)
     parallel = args.num_proc in (None, 1) and cores() > MAX_THREADS  # else there are enough of ours
     tokenizer = Tokenizer(args.tokenizer_backend, args.check_every, parallel)
@@ -244,15 +273,17 @@ def build(args: argparse.Namespace) -> int:
         return fail(problem) if problem else 0
     work.progress = ConsoleProgress(expected, settings.max_tokens)
     with contextlib.closing(work.progress):
-        manifest = build_shards(source, folder, settings, work, name=name, expected_tokens=expected.tokens)
+        manifest = build_shards(
+            source, folder, settings, work, name=name, expected_tokens=expected.tokens
+        )
     print_result(folder, manifest)
     return 0
 
 
 def print_plan(folder: Path, source, settings, expected, manifest) -> str | None:
     """Say what will be done. Returns what stands in the way of it."""
-    from pretrain.build import leftovers
-    from pretrain.progress import in_bytes, rounded
+    from pretrain.tokens.build import leftovers
+    from pretrain.tokens.progress import in_bytes, rounded
 
     place = source.description
     if place["kind"] == "hub":
@@ -266,11 +297,15 @@ def print_plan(folder: Path, source, settings, expected, manifest) -> str | None
     )
     stored = in_bytes(sum(file.size for file in source.files))
     files = f"{len(source.files):,} {plural('file', len(source.files))}"
-    print(f"documents   {files}, {rows}{stored}, of which {in_bytes(expected.text_bytes)} are to be read")
+    print(
+        f"documents   {files}, {rows}{stored}, of which {in_bytes(expected.text_bytes)} are to be read"
+    )
     tokens = min(expected.tokens, settings.max_tokens or expected.tokens)
     about = "" if tokens == settings.max_tokens else "about "
     number = f"{tokens:,}" if tokens == settings.max_tokens else f"about {rounded(tokens)}"
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
+    )
     free = shutil.disk_usage(existing).free
     if manifest:
         free += sum(path.stat().st_size for path in leftovers(folder, manifest))  # will be removed
@@ -278,9 +313,13 @@ def print_plan(folder: Path, source, settings, expected, manifest) -> str | None
     print(f"shards      {number} tokens, {settings.shard_size:,} in a shard, {disk}")
     there = manifest.tokens if manifest else 0
     if there:
-        print(f"            {len(manifest.shards)} are there, {there:,} tokens: going on behind them")
+        print(
+            f"            {len(manifest.shards)} are there, {there:,} tokens: going on behind them"
+        )
     elif settings.default_val and settings.validation_share(expected.tokens):
-        print("validation  a tenth of the tokens, as all are fewer than two shards (--val_tokens N: so many)")
+        print(
+            "validation  a tenth of the tokens, as all are fewer than two shards (--val_tokens N: so many)"
+        )
     needed = 2 * max(0, tokens - there)
     if needed > free:
         room = f"needs {about}{in_bytes(needed)} more on its disk, where {in_bytes(free)} are free"
@@ -289,7 +328,7 @@ def print_plan(folder: Path, source, settings, expected, manifest) -> str | None
 
 
 def print_result(folder: Path, manifest) -> None:
-    from pretrain.shards import DEFAULT_DATA_DIR
+    from pretrain.tokens.shards import DEFAULT_DATA_DIR
 
     train = [shard for shard in manifest.shards if shard.split == "train"]
     trained = sum(shard.tokens for shard in train)
@@ -305,11 +344,14 @@ def print_result(folder: Path, manifest) -> None:
     if train:
         print(f"next: python train_gpt2.py{data_dir}")
     else:
-        print("nothing is left to train on: give a smaller --val_tokens, or more documents, elsewhere")
+        print(
+            "nothing is left to train on: give a smaller --val_tokens, or more documents, elsewhere"
+        )
 
 
 def print_token_count(manifest) -> None:
-    """Compare with what the source's token_count column (FineWeb has one) says of the same documents."""
+    """Compare with what the source's token_count column (FineWeb has one) says of the same
+    documents."""
     counts = [shard.token_count for shard in manifest.shards if shard.token_count]
     source, written = (sum(each[key] for each in counts) for key in ("source", "written"))
     if source:
@@ -325,11 +367,13 @@ def plural(noun: str, number: int) -> str:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from pretrain.documents import local_source
-    from pretrain.verify import verify_folder
+    from pretrain.text.documents import local_source
+    from pretrain.tokens.verify import verify_folder
 
     if args.out_dir is None:
-        name = args.shard_name or (local_source(args.source).name if args.source else hub_name(args))
+        name = args.shard_name or (
+            local_source(args.source).name if args.source else hub_name(args)
+        )
         args.out_dir = Path("data") / name
     t0 = time.perf_counter()
     found = verify_folder(args.out_dir)
@@ -354,7 +398,8 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def stopped_by_signals():
-    """SIGINT and SIGTERM raise Stopped in the main thread, the second one ends the process at once."""
+    """SIGINT and SIGTERM raise Stopped in the main thread, the second one ends the process at
+    once."""
 
     def stop(number, frame):
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -374,7 +419,7 @@ def stopped_by_signals():
 
 def kept(args: argparse.Namespace) -> str:
     """What a rerun will find."""
-    from pretrain.shards import Manifest, ShardError
+    from pretrain.tokens.shards import Manifest, ShardError
 
     with contextlib.suppress(ShardError):
         if args.out_dir and (manifest := Manifest.load(args.out_dir)) and manifest.shards:
@@ -390,10 +435,10 @@ def fail(message: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pretrain.build import BuildRefused
-    from pretrain.documents import SourceError
-    from pretrain.shards import ShardError
-    from pretrain.tokenizer import TokenizerUnavailable
+    from pretrain.text.documents import SourceError
+    from pretrain.tokens.build import BuildRefused
+    from pretrain.tokens.shards import ShardError
+    from pretrain.tokens.tokenizer import TokenizerUnavailable
 
     try:
         return verify(args) if args.verify else build(args)
@@ -412,7 +457,9 @@ def main(argv=None) -> int:
         with stopped_by_signals():
             return run(args)
     except Stopped as stop:
-        print(f"{PROG}: stopped by {signal.Signals(stop.number).name}; {kept(args)}", file=sys.stderr)
+        print(
+            f"{PROG}: stopped by {signal.Signals(stop.number).name}; {kept(args)}", file=sys.stderr
+        )
         return 128 + stop.number
 
 

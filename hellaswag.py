@@ -1,4 +1,5 @@
-"""Stage 3: how often a model picks the right one of four endings, HellaSwag, as published numbers have it.
+"""Stage 3: how often a model picks the right one of four endings, HellaSwag, as published numbers
+have it.
 
     $ python hellaswag.py --checkpoint checkpoints/best_val_loss.pt
     $ python hellaswag.py --model gpt2 --style lm-eval --output results.json
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.examples import (
+from pretrain.eval.hellaswag import (
     DEFAULT_FOLDER,
     PUBLISHED_FILES,
     SPLITS,
@@ -42,13 +43,19 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "DataUnavailable", "Example", "HellaSwagError", "Result", "ensure_data", "evaluate", "load_examples",
+    "DataUnavailable",
+    "Example",
+    "HellaSwagError",
+    "Result",
+    "ensure_data",
+    "evaluate",
+    "load_examples",
     "main",
-]  # fmt: skip
+]
 
-# (acc, acc_norm) of OpenAI's weights on all 10,042 examples of val. completion: the loop that the GPT-2
-# reproduction community uses; lm-eval: EleutherAI's lm-evaluation-harness, task hellaswag, no examples in the
-# prompt.
+# (acc, acc_norm) of OpenAI's weights on all 10,042 examples of val. completion: the loop that the
+# GPT-2 reproduction community uses; lm-eval: EleutherAI's lm-evaluation-harness, task hellaswag, no
+# examples in the prompt.
 PUBLISHED = {
     "completion": {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)},
     "lm-eval": {"gpt2": (0.2892, 0.3114), "gpt2-xl": (0.4004, 0.5089)},
@@ -76,7 +83,16 @@ class Result:
 
     def summary(self) -> dict[str, Any]:
         """The numbers alone, as JSON takes them: a standard error that is not defined is None."""
-        names = ("style", "n", "acc", "acc_norm", "acc_stderr", "acc_norm_stderr", "truncated", "seconds")
+        names = (
+            "style",
+            "n",
+            "acc",
+            "acc_norm",
+            "acc_stderr",
+            "acc_norm_stderr",
+            "truncated",
+            "seconds",
+        )
         values = {name: getattr(self, name) for name in names}
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
 
@@ -95,14 +111,15 @@ def evaluate(
     progress: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Result | None:
-    """Score a model: our GPT or transformers' GPT-2 (either may be wrapped by DDP or torch.compile), or, with
-    less speed, anything that maps token ids int64 (B, T) to logits (B, T, vocabulary).
+    """Score a model: our GPT or transformers' GPT-2 (either may be wrapped by DDP or
+    torch.compile), or, with less speed, anything that maps token ids int64 (B, T) to logits (B, T,
+    vocabulary).
 
-    batch_tokens: positions in a batch, which bounds the memory (default: by device). device: default that of
-    the model's weights. dtype: of the computation, by autocast (default: that of the weights). With
-    world_size > 1 all ranks call this with the same examples, add up their losses in the process group
-    `group`, and get the same whole result, that of world_size 1. The model is in eval mode meanwhile, and in
-    its own mode after.
+    batch_tokens: positions in a batch, which bounds the memory (default: by device). device:
+    default that of the model's weights. dtype: of the computation, by autocast (default: that of
+    the weights). With world_size > 1 all ranks call this with the same examples, add up their
+    losses in the process group `group`, and get the same whole result, that of world_size 1. The
+    model is in eval mode meanwhile, and in its own mode after.
 
     Returns None if `interrupted`, which is asked after each batch, has said so on any rank. Raises
     HellaSwagError if losses are not finite, or for a vocabulary that is not GPT-2's.
@@ -110,9 +127,9 @@ def evaluate(
     import numpy as np
     import torch
 
-    from pretrain import endings as engine
-    from pretrain.generation import evaluating
-    from pretrain.tokenizer import VOCAB_SIZE, load_encoding
+    from pretrain.eval import choices as engine
+    from pretrain.eval.generation import evaluating
+    from pretrain.tokens.tokenizer import VOCAB_SIZE, load_encoding
 
     t0 = time.perf_counter()
     weights = model.parameters() if hasattr(model, "parameters") else ()
@@ -122,14 +139,20 @@ def evaluate(
     lengths, labels = np.array(lengths), np.array([example.label for example in examples])
     parts = engine.take_apart(model)
     if (parts.vocab_size or VOCAB_SIZE) < VOCAB_SIZE:
-        raise HellaSwagError(f"a vocabulary of {parts.vocab_size} tokens is not GPT-2's of {VOCAB_SIZE}")
+        raise HellaSwagError(
+            f"a vocabulary of {parts.vocab_size} tokens is not GPT-2's of {VOCAB_SIZE}"
+        )
     rows = engine.make_rows(items, parts.block_size, share=parts.packs)
     batches = engine.make_batches(rows, batch_tokens or engine.BATCH_TOKENS.get(device.type, 4096))
     mine = batches[rank::world_size]  # whole ones, so that rounding does not depend on world_size
 
     losses = np.zeros((len(items), 4))
     stopped = False
-    with evaluating(model), engine.computing(device, dtype), _bar(mine, progress and rank == 0) as show:
+    with (
+        evaluating(model),
+        engine.computing(device, dtype),
+        _bar(mine, progress and rank == 0) as show,
+    ):
         for scores in engine.score(parts, mine, device):
             losses[scores.items, scores.choices] = scores.sums
             show(scores, losses, lengths, labels)
@@ -140,18 +163,32 @@ def evaluate(
     if stopped:
         return None
     if bad := (~np.isfinite(losses)).any(axis=1).sum():
-        raise HellaSwagError(f"losses of the model are not finite on {bad} of {len(items)} examples")
-    truncated = sum(len(row.choices) for row in rows if len(row.context) < len(items[row.item].context))
+        raise HellaSwagError(
+            f"losses of the model are not finite on {bad} of {len(items)} examples"
+        )
+    truncated = sum(
+        len(row.choices) for row in rows if len(row.context) < len(items[row.item].context)
+    )
     numbers = _accuracies(losses, lengths, labels)
-    return Result(style, len(items), truncated=truncated, seconds=time.perf_counter() - t0, **numbers)
+    return Result(
+        style, len(items), truncated=truncated, seconds=time.perf_counter() - t0, **numbers
+    )
 
 
-def _accuracies(losses: "np.ndarray", lengths: "np.ndarray", labels: "np.ndarray") -> dict[str, Any]:
+def _accuracies(
+    losses: "np.ndarray", lengths: "np.ndarray", labels: "np.ndarray"
+) -> dict[str, Any]:
     """The fields of a Result that follow from losses (n, 4), lengths (n, 4) and labels (n,)."""
     import numpy as np
 
-    with np.errstate(divide="ignore"):  # an empty ending has no characters: infinite loss per character
-        found: dict[str, Any] = {"losses": losses, "losses_norm": losses / lengths, "labels": labels}
+    with np.errstate(
+        divide="ignore"
+    ):  # an empty ending has no characters: infinite loss per character
+        found: dict[str, Any] = {
+            "losses": losses,
+            "losses_norm": losses / lengths,
+            "labels": labels,
+        }
     for norm in ("", "_norm"):
         picks = found[f"losses{norm}"].argmin(axis=1)
         share, n = float((picks == labels).mean()), len(labels)
@@ -162,12 +199,15 @@ def _accuracies(losses: "np.ndarray", lengths: "np.ndarray", labels: "np.ndarray
 
 @contextlib.contextmanager
 def _bar(batches: Sequence, shown: bool) -> Iterator[Callable]:
-    """A progress bar, on a terminal only, with the accuracy over what this rank has scored so far."""
+    """A progress bar, on a terminal only, with the accuracy over what this rank has scored so
+    far."""
     from tqdm import tqdm
 
     total = sum(len(choices) for batch in batches for row in batch for choices in row.choices)
     seen: set[int] = set()
-    with tqdm(total=total, unit=" endings", desc="HellaSwag", disable=None if shown else True) as bar:
+    with tqdm(
+        total=total, unit=" endings", desc="HellaSwag", disable=None if shown else True
+    ) as bar:
 
         def show(scores, losses, lengths, labels) -> None:
             bar.update(len(scores.items))
@@ -183,7 +223,8 @@ def _bar(batches: Sequence, shown: bool) -> Iterator[Callable]:
 def _add_up(
     losses: "np.ndarray", stopped: bool, device: "torch.device", group: Any
 ) -> tuple["np.ndarray", bool]:
-    """Losses of all ranks (each has zeros where another has its own), and whether any has stopped."""
+    """Losses of all ranks (each has zeros where another has its own), and whether any has
+    stopped."""
     import numpy as np
     import torch
     import torch.distributed as dist
@@ -200,7 +241,8 @@ def _add_up(
 
 def build_parser() -> argparse.ArgumentParser:
     published = "\n".join(
-        f"  {style:12}" + ", ".join(f"{name} {acc:.4f} / {norm:.4f}" for name, (acc, norm) in models.items())
+        f"  {style:12}"
+        + ", ".join(f"{name} {acc:.4f} / {norm:.4f}" for name, (acc, norm) in models.items())
         for style, models in PUBLISHED.items()
     )
     parser = argparse.ArgumentParser(
@@ -265,7 +307,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             data = args.data or ensure_data(args.split, progress=first)
         except DataUnavailable as error:
-            raise DataUnavailable(f"{error}; a copy from elsewhere can be named with --data") from None
+            raise DataUnavailable(
+                f"{error}; a copy from elsewhere can be named with --data"
+            ) from None
         examples = load_examples(data, args.limit)
         model, about = _load_model(args)
     except _user_errors() as error:
@@ -285,8 +329,8 @@ def _user_errors() -> tuple[type[Exception], ...]:
     import torch
 
     from model import CheckpointError
-    from pretrain import checkpoint as checkpoints
-    from pretrain.tokenizer import TokenizerUnavailable
+    from pretrain.tokens.tokenizer import TokenizerUnavailable
+    from pretrain.train import checkpoint as checkpoints
 
     ours = HellaSwagError, CheckpointError, checkpoints.CheckpointError, TokenizerUnavailable
     return *ours, torch.OutOfMemoryError, ValueError, OSError
@@ -294,13 +338,15 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 def _one_line(error: Exception) -> str:
     line = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{line} Try a smaller --batch_tokens." if "OutOfMemory" in type(error).__name__ else line
+    return (
+        f"{line} Try a smaller --batch_tokens." if "OutOfMemory" in type(error).__name__ else line
+    )
 
 
 def _load_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The model on the CPU, and what to call it in results."""
     from model import GPT, load_checkpoint
-    from pretrain import checkpoint as checkpoints
+    from pretrain.train import checkpoint as checkpoints
 
     if args.model:
         model, about = GPT.from_pretrained(args.model), {"name": args.model}
@@ -311,26 +357,39 @@ def _load_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     return model, about | {"parameters": model.num_parameters()}
 
 
-def _run(args: argparse.Namespace, model: Any, about: dict, data: Path, examples: Sequence[Example]) -> int:
+def _run(
+    args: argparse.Namespace, model: Any, about: dict, data: Path, examples: Sequence[Example]
+) -> int:
     from pretrain.distributed import Ranks, pick_dtype
-    from pretrain.endings import BATCH_TOKENS
-    from pretrain.runlog import provenance
+    from pretrain.eval.choices import BATCH_TOKENS
+    from pretrain.report.runlog import provenance
 
     ranks = Ranks.start(args.device)
     dtype = pick_dtype(args.dtype, ranks.device)
     batch_tokens = args.batch_tokens or BATCH_TOKENS[ranks.device.type]
     model.to(ranks.device)
     result = evaluate(
-        model, examples, style=args.style, batch_tokens=batch_tokens, device=ranks.device, dtype=dtype,
-        rank=ranks.rank, world_size=ranks.world_size, group=ranks.control, progress=True,
-    )  # fmt: skip
+        model,
+        examples,
+        style=args.style,
+        batch_tokens=batch_tokens,
+        device=ranks.device,
+        dtype=dtype,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        group=ranks.control,
+        progress=True,
+    )
     if ranks.is_first:
         for i in range(min(args.show, result.n)):
             print(_shown(examples[i], result, i))
         settings = {
-            "device": str(ranks.device), "dtype": str(dtype).removeprefix("torch."),
-            "batch_tokens": batch_tokens, "world_size": ranks.world_size, "limit": args.limit,
-        }  # fmt: skip
+            "device": str(ranks.device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "batch_tokens": batch_tokens,
+            "world_size": ranks.world_size,
+            "limit": args.limit,
+        }
         about = {"model": about, "data": _describe(data), "settings": settings}
         if args.output:
             record = {"task": "hellaswag", **result.summary(), **about, **provenance()}
@@ -363,7 +422,9 @@ def _report(result: Result, model: dict, data: dict, settings: dict) -> str:
         f"{result.seconds:.1f} s, {result.n / result.seconds:.1f} examples/s",
     ]
     if result.truncated:
-        lines.insert(1, f"note      {result.truncated} endings had their context cut to fit into the model")
+        lines.insert(
+            1, f"note      {result.truncated} endings had their context cut to fit into the model"
+        )
     return "\n".join(lines)
 
 
@@ -372,21 +433,31 @@ def _shown(example: Example, result: Result, i: int) -> str:
     lines = [f"\n[{example.ind}] {example.activity_label}: {example.ctx}"]
     for k, ending in enumerate(example.endings):
         marks = ("*" if k == example.label else " ") + (">" if k == result.picks_norm[i] else " ")
-        lines.append(f"  {marks} {result.losses[i, k]:8.3f} {result.losses_norm[i, k]:7.4f}  {ending}")
+        lines.append(
+            f"  {marks} {result.losses[i, k]:8.3f} {result.losses_norm[i, k]:7.4f}  {ending}"
+        )
     return "\n".join(lines)
 
 
 def _lines(examples: Sequence[Example], result: Result) -> str:
     records = (
         {
-            "ind": example.ind, "label": example.label, "losses": losses, "losses_norm": norm,
-            "pick": pick, "pick_norm": pick_norm,
+            "ind": example.ind,
+            "label": example.label,
+            "losses": losses,
+            "losses_norm": norm,
+            "pick": pick,
+            "pick_norm": pick_norm,
         }
         for example, losses, norm, pick, pick_norm in zip(
-            examples, result.losses.tolist(), result.losses_norm.tolist(), result.picks.tolist(),
-            result.picks_norm.tolist(), strict=True,
+            examples,
+            result.losses.tolist(),
+            result.losses_norm.tolist(),
+            result.picks.tolist(),
+            result.picks_norm.tolist(),
+            strict=True,
         )
-    )  # fmt: skip
+    )
     return "".join(json.dumps(record) + "\n" for record in records)
 
 

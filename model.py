@@ -1,14 +1,14 @@
 """GPT-2 as published: the model, its loss, and its weights from files.
 
-    model = GPT(GPTConfig())                     # 124M parameters; GPT.from_pretrained("gpt2") is OpenAI's
-    _, loss = model(x, y)                        # x, y int64 (B, T)
+    model = GPT(GPTConfig())                     # 124M parameters; GPT.from_pretrained("gpt2") is
+    OpenAI's _, loss = model(x, y)                        # x, y int64 (B, T)
     model, checkpoint = load_checkpoint("checkpoints/best_val_loss.pt")
     tokens = model.generate(x, max_new_tokens=50, temperature=0.8, top_k=50, seed=1)
 
-Architecture: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019); checked against
-transformers.GPT2LMHeadModel in tests/test_model.py. Token embedding and output head are one matrix. Its rows
-are padded to a multiple of 128 for the matrix units; rows past vocab_size are zeros, take no part in the
-softmax, get no gradient, are never sampled and never exported.
+Architecture: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019); checked
+against transformers.GPT2LMHeadModel in tests/test_model.py. Token embedding and output head are one
+matrix. Its rows are padded to a multiple of 128 for the matrix units; rows past vocab_size are
+zeros, take no part in the softmax, get no gradient, are never sampled and never exported.
 """
 
 import math
@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 class CheckpointError(RuntimeError):
-    """A file, folder or name from which no model can be made; the message is one line for the user."""
+    """A file, folder or name from which no model can be made; the message is one line for the
+    user."""
 
 
 @dataclass
@@ -53,14 +54,17 @@ class GPTConfig:
 class KVCache:
     """Keys and values of up to block_size positions, allocated once."""
 
-    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype
+    ):
         head_dim = config.n_embd // config.n_head
         shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_dim)
         self.data = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # positions filled
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v (B, n_head, T, head_dim) after the filled positions; return all keys, values of layer."""
+        """Put k, v (B, n_head, T, head_dim) after the filled positions; return all keys, values of
+        layer."""
         end = self.length + k.size(2)
         keys, values = self.data[layer, :, :, :, :end]
         keys[:, :, self.length :] = k
@@ -74,16 +78,27 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. With 1 to 4 rows in float32 on a CPU, that is in generation, MKL (2024.2) is single-threaded
-    or slow: as a batch of two halves of the weight the product is 2 to 6 times as fast."""
+    """F.linear. With 1 to 4 rows in float32 on a CPU, that is in generation, MKL (2024.2) is
+    single-threaded or slow: as a batch of two halves of the weight the product is 2 to 6 times as
+    fast."""
     rows = x.numel() // x.size(-1)
     if (
-        not 0 < rows <= 4 or len(weight) % 2 or torch.is_grad_enabled() or x.device.type != "cpu"
-        or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    ):  # fmt: skip
+        not 0 < rows <= 4
+        or len(weight) % 2
+        or torch.is_grad_enabled()
+        or x.device.type != "cpu"
+        or x.dtype != torch.float32
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    ):
         return F.linear(x, weight, bias)
     columns = x.reshape(rows, -1).t().expand(2, -1, -1)
-    y = torch.bmm(weight.unflatten(0, (2, -1)), columns).flatten(0, 1).t().reshape(*x.shape[:-1], -1)
+    y = (
+        torch.bmm(weight.unflatten(0, (2, -1)), columns)
+        .flatten(0, 1)
+        .t()
+        .reshape(*x.shape[:-1], -1)
+    )
     return y if bias is None else y + bias
 
 
@@ -94,7 +109,9 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
@@ -102,12 +119,15 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
         causal = mask is None and T > 1  # a single query comes after all keys
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)  # (B, n_head, T, head_dim)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, causal
+        )  # (B, n_head, T, head_dim)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
-    """In training GELU is computed again in backward: 2 % of the time on a CPU for a fifth of the memory."""
+    """In training GELU is computed again in backward: 2 % of the time on a CPU for a fifth of the
+    memory."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -133,22 +153,26 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         x = x + self.drop(self.attn(self.ln_1(x), mask, cache))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
-    """Parameters are float32; run it under torch.autocast for mixed precision. With `gradient_checkpointing`
-    set, blocks compute their activations again in the backward pass instead of keeping them: the same
-    gradients with less memory."""
+    """Parameters are float32; run it under torch.autocast for mixed precision. With
+    `gradient_checkpointing` set, blocks compute their activations again in the backward pass
+    instead of keeping them: the same gradients with less memory."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
         device = torch.get_default_device()
-        with torch.device("meta"):  # without torch's own initialisation: every number drawn is drawn below
+        with torch.device(
+            "meta"
+        ):  # without torch's own initialisation: every number drawn is drawn below
             self.transformer = nn.ModuleDict(
                 {
                     "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
@@ -163,13 +187,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_parameters(self) -> None:
-        """N(0, 0.02); the two projections of a block into its residual N(0, 0.02 / sqrt(2 n_layer))."""
+        """N(0, 0.02); the two projections of a block into its residual N(0, 0.02 / sqrt(2
+        n_layer))."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             narrower = math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
-            parameter[: self.config.vocab_size if "wte" in name else None].normal_(0.0, 0.02 / narrower)
+            parameter[: self.config.vocab_size if "wte" in name else None].normal_(
+                0.0, 0.02 / narrower
+            )
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
     @property
@@ -177,7 +204,8 @@ class GPT(nn.Module):
         return self.transformer.wte.weight.device
 
     def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for hidden_states(), in the number format of the weights, or of autocast."""
+        """An empty cache for hidden_states(), in the number format of the weights, or of
+        autocast."""
         kind, dtype = self.device.type, self.transformer.wte.weight.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -192,14 +220,16 @@ class GPT(nn.Module):
     ) -> Tensor:
         """idx int64 (B, T) -> (B, T, n_embd), after the last LayerNorm.
 
-        position_ids: int64 (T,) or (B, T); by default those after what the cache holds. attn_mask: bool,
-        broadcastable to (B, n_head, T, keys), True where a query may attend; by default causal. The cache
-        grows by T; T > 1 with a cache that is not empty needs a mask. Raises ValueError for more than
-        block_size positions.
+        position_ids: int64 (T,) or (B, T); by default those after what the cache holds. attn_mask:
+        bool, broadcastable to (B, n_head, T, keys), True where a query may attend; by default
+        causal. The cache grows by T; T > 1 with a cache that is not empty needs a mask. Raises
+        ValueError for more than block_size positions.
         """
         T, start = idx.size(1), cache.length if cache else 0
         if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit into block_size {self.config.block_size}")
+            raise ValueError(
+                f"{start + T} tokens do not fit into block_size {self.config.block_size}"
+            )
         assert T == 1 or start == 0 or attn_mask is not None
         if position_ids is None:
             position_ids = torch.arange(start, start + T, device=idx.device)
@@ -220,12 +250,13 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, weights: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """idx int64 (B, T) -> (logits (B, T, vocab_size), None); with targets int64 (B, T) -> (None, loss).
+        """idx int64 (B, T) -> (logits (B, T, vocab_size), None); with targets int64 (B, T) ->
+        (None, loss).
 
-        loss: mean cross entropy in nats over the targets that are not negative (-1 and -100 are left out
-        alike). weights, float (B,) or (B, T), multiply the loss of a sequence or of a token and are constants
-        in the backward pass: sum(weights * ce) / count. For (B,) and no target left out that is the mean over
-        sequences of weight times mean loss.
+        loss: mean cross entropy in nats over the targets that are not negative (-1 and -100 are
+        left out alike). weights, float (B,) or (B, T), multiply the loss of a sequence or of a
+        token and are constants in the backward pass: sum(weights * ce) / count. For (B,) and no
+        target left out that is the mean over sequences of weight times mean loss.
         """
         hidden = self.hidden_states(idx)
         if targets is None:
@@ -237,10 +268,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def score(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """idx, targets int64 (B, T) -> scalars on their device: sum of losses in nats (float32), number of
-        targets that were the likeliest token, number of targets. Negative targets do not count."""
+        """idx, targets int64 (B, T) -> scalars on their device: sum of losses in nats (float32),
+        number of targets that were the likeliest token, number of targets. Negative targets do not
+        count."""
         hidden, targets = self.hidden_states(idx).flatten(0, 1), targets.flatten()
-        losses, likeliest = _head(hidden, self.transformer.wte.weight, targets, self.config.vocab_size)
+        losses, likeliest = _head(
+            hidden, self.transformer.wte.weight, targets, self.config.vocab_size
+        )
         return losses.sum(), (likeliest == targets).sum(), (targets >= 0).sum()
 
     def num_parameters(self) -> int:
@@ -249,39 +283,43 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self, seq_len: int | None = None) -> int:
-        """FLOPs of forward and backward per trained token, 6N + 12LHQT: PaLM (Chowdhery et al. 2022),
-        appendix B.
+        """FLOPs of forward and backward per trained token, 6N + 12LHQT: PaLM (Chowdhery et al.
+        2022), appendix B.
 
-        N: parameters without the position table, the token table included since it is the output head; L
-        layers of H heads of size Q; T: seq_len (default block_size). Neither recomputation nor the causal
-        half of attention is taken into account, as in the MFU figures that others publish.
+        N: parameters without the position table, the token table included since it is the output
+        head; L layers of H heads of size Q; T: seq_len (default block_size). Neither recomputation
+        nor the causal half of attention is taken into account, as in the MFU figures that others
+        publish.
         """
         c = self.config
         n = self.num_parameters() - c.block_size * c.n_embd
         return 6 * n + 12 * c.n_layer * c.n_embd * (seq_len or c.block_size)
 
-    def stream(self, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, **sampling) -> Iterator[Tensor]:
+    def stream(
+        self, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, **sampling
+    ) -> Iterator[Tensor]:
         """Yield the next token of every prompt, int64 (B,): see generation.stream."""
-        from pretrain import generation
+        from pretrain.eval import generation
 
         return generation.stream(self, prompts, max_new_tokens, **sampling)
 
     def generate(
         self, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, **sampling
     ) -> Tensor | list[Tensor]:
-        """The prompts, each followed by up to max_new_tokens new tokens: see generation.generate. `sampling`:
-        temperature, top_k, top_p, seed, stop_token, slide."""
-        from pretrain import generation
+        """The prompts, each followed by up to max_new_tokens new tokens: see generation.generate.
+        `sampling`: temperature, top_k, top_p, seed, stop_token, slide."""
+        from pretrain.eval import generation
 
         return generation.generate(self, prompts, max_new_tokens, **sampling)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, dropout: float = 0.0) -> "GPT":
-        """GPT-2 in the layout of Hugging Face, in eval mode on the CPU: "gpt2", "gpt2-medium", "gpt2-large",
-        "gpt2-xl", another GPT-2 on the hub, or a folder with config.json and model.safetensors or
-        pytorch_model.bin.
+        """GPT-2 in the layout of Hugging Face, in eval mode on the CPU: "gpt2", "gpt2-medium",
+        "gpt2-large", "gpt2-xl", another GPT-2 on the hub, or a folder with config.json and
+        model.safetensors or pytorch_model.bin.
 
-        Raises CheckpointError: no such name, no network, a damaged file, a model that differs from GPT-2.
+        Raises CheckpointError: no such name, no network, a damaged file, a model that differs from
+        GPT-2.
         """
         from pretrain import weights
 
@@ -292,20 +330,23 @@ class GPT(nn.Module):
             raise CheckpointError(f"{name_or_folder}: {error}") from None
 
     def huggingface_state_dict(self) -> dict[str, Tensor]:
-        """The weights as transformers.GPT2LMHeadModel names and orients them, without padding rows; biases
-        that this model does not have are zeros. lm_head.weight shares its memory with the embedding."""
+        """The weights as transformers.GPT2LMHeadModel names and orients them, without padding rows;
+        biases that this model does not have are zeros. lm_head.weight shares its memory with the
+        embedding."""
         from pretrain import weights
 
         return weights.to_huggingface(self.state_dict(), self.config.vocab_size)
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict[str, Any]]:
+def load_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[GPT, dict[str, Any]]:
     """A checkpoint of train_gpt2.py as (model in eval mode on `device`, the checkpoint).
 
-    The checkpoint's tensors are on the CPU, mapped from the file. Others' files do as well, if they are dicts
-    with "model" and "model_config" (nanoGPT: "model_args"); the prefixes of DDP and torch.compile are taken
-    off. Nothing in the file is executed. Raises CheckpointError: file missing, damaged, hostile or of another
-    kind.
+    The checkpoint's tensors are on the CPU, mapped from the file. Others' files do as well, if they
+    are dicts with "model" and "model_config" (nanoGPT: "model_args"); the prefixes of DDP and
+    torch.compile are taken off. Nothing in the file is executed. Raises CheckpointError: file
+    missing, damaged, hostile or of another kind.
     """
     from pretrain import weights
 
@@ -325,7 +366,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
 
 
 def _build(config: GPTConfig, state: Mapping[str, Tensor]) -> GPT:
-    """A model in eval mode with these weights, on the CPU. Raises ValueError when they do not fit."""
+    """A model in eval mode with these weights, on the CPU. Raises ValueError when they do not
+    fit."""
     state = dict(state)
     wte, head = state.get("transformer.wte.weight"), state.pop("lm_head.weight", None)
     if wte is None:
@@ -344,16 +386,19 @@ def _build(config: GPTConfig, state: Mapping[str, Tensor]) -> GPT:
     return model.eval()
 
 
-# The output head --------------------------------------------------------------------------------------------
+# The output head
+# --------------------------------------------------------------------------------------------
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, weights: Tensor | None = None
 ) -> Tensor:
-    """Mean cross entropy of the logits hidden @ weight[:vocab_size].T, a part of which exists at a time.
+    """Mean cross entropy of the logits hidden @ weight[:vocab_size].T, a part of which exists at a
+    time.
 
-    hidden (N, C), weight (padded vocabulary, C), targets int64 (N,). Value, float32, and gradients are those
-    of F.cross_entropy, NaN included where every target is negative. weights (N,): as in GPT.forward.
+    hidden (N, C), weight (padded vocabulary, C), targets int64 (N,). Value, float32, and gradients
+    are those of F.cross_entropy, NaN included where every target is negative. weights (N,): as in
+    GPT.forward.
     """
     counted = targets >= 0
     weights = counted.float() if weights is None else counted * weights
@@ -384,18 +429,23 @@ class _Parts(NamedTuple):
 class _SummedCrossEntropy(torch.autograd.Function):
     """sum_i weights_i * cross_entropy(hidden_i @ weight.T, targets_i).
 
-    The gradient of a chunk's logits, softmax - one_hot, is formed while they exist, which leaves backward
-    with a product with a scalar. Entries are of order 1 whatever the loss scale, so float16 holds them.
+    The gradient of a chunk's logits, softmax - one_hot, is formed while they exist, which leaves
+    backward with a product with a scalar. Entries are of order 1 whatever the loss scale, so
+    float16 holds them.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights, vocab_size):  # noqa: PLR0917
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        )
         parts = _Parts.on(device)
         losses, d_hidden, d_weight = (
-            torch.empty_like(weights), torch.empty_like(hidden), torch.zeros_like(weight)
-        )  # fmt: skip
+            torch.empty_like(weights),
+            torch.empty_like(hidden),
+            torch.zeros_like(weight),
+        )
         w = weight.to(dtype)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), parts.rows):
@@ -421,21 +471,24 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _logits_to_gradient(logits: Tensor, target: Tensor, vocab_size: int) -> Tensor:
-    """Losses (rows,) of logits (rows, padded vocabulary), which become softmax - one_hot in place."""
+    """Losses (rows,) of logits (rows, padded vocabulary), which become softmax - one_hot in
+    place."""
     logits[:, vocab_size:] = -torch.inf
     target = target[:, None]
     x = logits.float()
     top, at_target = x.amax(1, keepdim=True), x.gather(1, target)
     probs = x.softmax(1)
-    # log p of the target by way of the likeliest token, whose probability does not underflow: one exp per
-    # logit, where log_softmax and its exp take two.
+    # log p of the target by way of the likeliest token, whose probability does not underflow: one
+    # exp per logit, where log_softmax and its exp take two.
     log_p = at_target - top + probs.amax(1, keepdim=True).log()
     logits.copy_(probs)
     logits.scatter_(1, target, log_p.expm1().to(logits.dtype))  # p - 1, exact where p is near 1
     return -log_p[:, 0]
 
 
-def _head(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+def _head(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
     """Losses, float32 (N,), 0 at negative targets, and the likeliest tokens (N,); no gradients."""
     parts = _Parts.on(hidden.device.type)
     losses, likeliest = [], []

@@ -3,7 +3,8 @@
     $ python sample.py --prompt "The mill stood"
     The mill stood at the end of the lane, and nobody had ground corn in it since ...
     $ python sample.py                       # asks for one beginning after another
-    $ python sample.py --prompt "" --num_samples 100 > texts.txt    # documents, as fineweb.py reads them
+    $ python sample.py --prompt "" --num_samples 100 > texts.txt    # documents, as fineweb.py reads
+    them
 
 Several texts are separated by a line <|endoftext|>, as in the files that fineweb.py reads.
 """
@@ -92,7 +93,8 @@ POSITIVE = _number(int, lambda n: n > 0, "a whole number from 1 on")
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The prompts in a text file, - for standard input. Raises ValueError where there is none, OSError."""
+    """The prompts in a text file, - for standard input. Raises ValueError where there is none,
+    OSError."""
     data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
@@ -105,11 +107,12 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def load_model(checkpoint: Path | None, name: str | None, device: str, dtype: str):
-    """The model on its device, and a line that says what it is. Raises CheckpointError, ValueError."""
+    """The model on its device, and a line that says what it is. Raises CheckpointError,
+    ValueError."""
     from model import GPT, load_checkpoint
-    from pretrain import checkpoint as checkpoints
     from pretrain.distributed import pick_device, pick_dtype
-    from pretrain.tokenizer import VOCAB_SIZE
+    from pretrain.tokens.tokenizer import VOCAB_SIZE
+    from pretrain.train import checkpoint as checkpoints
 
     place = pick_device(device)
     number_format = pick_dtype(dtype, place)
@@ -121,14 +124,21 @@ def load_model(checkpoint: Path | None, name: str | None, device: str, dtype: st
         source = f"{path}, step {saved['step']}" if "step" in saved else str(path)
     if model.config.vocab_size < VOCAB_SIZE:
         size = model.config.vocab_size
-        raise ValueError(f"{source}: a vocabulary of {size} tokens, but GPT-2's tokenizer has {VOCAB_SIZE}")
-    about = f"{source}: {model.num_parameters() / 1e6:.1f}M parameters in {number_format} on {place}"
+        raise ValueError(
+            f"{source}: a vocabulary of {size} tokens, but GPT-2's tokenizer has {VOCAB_SIZE}"
+        )
+    about = (
+        f"{source}: {model.num_parameters() / 1e6:.1f}M parameters in {number_format} on {place}"
+    )
     return model.to(place, number_format), about.replace("torch.", "")
 
 
-def print_texts(prompts: Sequence[str], steps: Iterable[Sequence[str | None]], stream: bool) -> None:
-    """Print prompts with their continuations, which grow side by side, one after the other. With `stream` the
-    first that is not complete is shown as it grows, and what has come of the next one when it is its turn."""
+def print_texts(
+    prompts: Sequence[str], steps: Iterable[Sequence[str | None]], stream: bool
+) -> None:
+    """Print prompts with their continuations, which grow side by side, one after the other. With
+    `stream` the first that is not complete is shown as it grows, and what has come of the next one
+    when it is its turn."""
     waiting, current = list(prompts), 0
 
     def show(row: int) -> None:
@@ -149,13 +159,15 @@ def print_texts(prompts: Sequence[str], steps: Iterable[Sequence[str | None]], s
 
 
 def converse(write: Callable[[list[str]], None], about: str) -> None:
-    """Ask for a prompt and continue it, until an empty line, the end of input, or Ctrl-C; while a text is
-    being written Ctrl-C ends that text only. From a pipe each line is a prompt."""
+    """Ask for a prompt and continue it, until an empty line, the end of input, or Ctrl-C; while a
+    text is being written Ctrl-C ends that text only. From a pipe each line is a prompt."""
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() then edits lines and remembers them)
-        print(f"{about}\nType a beginning. Ctrl-C stops a text; an empty line ends.", file=sys.stderr)
+        print(
+            f"{about}\nType a beginning. Ctrl-C stops a text; an empty line ends.", file=sys.stderr
+        )
     for number in itertools.count():
         try:
             prompt = input("\n> " if terminal else "")
@@ -176,13 +188,14 @@ def converse(write: Callable[[list[str]], None], about: str) -> None:
 def run(args: argparse.Namespace) -> None:
     prompts = None
     if args.prompt is not None:
-        # Bytes of the command line that are no UTF-8 arrive as lone surrogates, which cannot be printed.
+        # Bytes of the command line that are no UTF-8 arrive as lone surrogates, which cannot be
+        # printed.
         prompts = [args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")]
     elif args.prompt_file is not None:
         prompts = read_prompts(args.prompt_file)
 
-    from pretrain.sampling import stream_texts
-    from pretrain.tokenizer import load_encoding
+    from pretrain.eval.sampling import stream_texts
+    from pretrain.tokens.tokenizer import load_encoding
 
     encoding = load_encoding()
     model, about = load_model(args.checkpoint, args.model, args.device, args.dtype)

@@ -1,5 +1,5 @@
-"""The same model and shards in other people's tools. Frameworks are imported only here, and none is needed
-elsewhere: `pip install -r requirements-adapters.txt` brings them."""
+"""The same model and shards in other people's tools. Frameworks are imported only here, and none is
+needed elsewhere: `pip install -r requirements-adapters.txt` brings them."""
 
 import importlib.util
 
@@ -13,4 +13,6 @@ def require(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         names = " and ".join(missing)
-        raise FrameworkMissing(f"{names} not installed; run `pip install -r requirements-adapters.txt`")
+        raise FrameworkMissing(
+            f"{names} not installed; run `pip install -r requirements-adapters.txt`"
+        )

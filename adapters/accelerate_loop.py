@@ -5,9 +5,10 @@
 
     step     10/2000 | loss 9.7312 | lr 3.0e-06 | norm 1.91
 
-In --out_dir: step-N, the full state, at each evaluation (the newest two are kept), metrics.jsonl for
-`python -m pretrain.report`, and export, the trained model for transformers and `hellaswag.py --model`. The
-same command again continues the run, on any number of processes that divides the batch.
+In --out_dir: step-N, the full state, at each evaluation (the newest two are kept), metrics.jsonl
+for `python -m pretrain.report`, and export, the trained model for transformers and `hellaswag.py
+--model`. The same command again continues the run, on any number of processes that divides the
+batch.
 """
 
 import argparse
@@ -26,8 +27,8 @@ from torch.utils.data import DataLoader
 
 from adapters import common, huggingface
 from pretrain.distributed import pick_dtype
-from pretrain.optim import make_optimizer
-from pretrain.runlog import RunLog
+from pretrain.report.runlog import RunLog
+from pretrain.train.optim import make_optimizer
 
 common.require_for(__name__, "accelerate", "transformers", "safetensors")
 from accelerate import Accelerator, DataLoaderConfiguration  # noqa: E402  (after the check that it is there)
@@ -43,16 +44,20 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=MIXED_PRECISION[pick_dtype(args.dtype, device)],
         cpu=device.type == "cpu",
-        # Evaluation adds up what each process has: nothing needs to be repeated to make their shares equal.
+        # Evaluation adds up what each process has: nothing needs to be repeated to make their
+        # shares equal.
         dataloader_config=DataLoaderConfiguration(even_batches=False),
     )
     model, block_size = common.build_model(args, given)
     model.gradient_checkpointing = args.gradient_checkpointing
     optimizer = make_optimizer(
-        model.to(accelerator.device), learning_rate=args.learning_rate, weight_decay=args.weight_decay,
+        model.to(accelerator.device),
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
         betas=(args.beta1, args.beta2),
-    )  # fmt: skip
-    # Not through prepare(): it would be stepped once per process, and the schedule be over that much sooner.
+    )
+    # Not through prepare(): it would be stepped once per process, and the schedule be over that
+    # much sooner.
     scheduler = LambdaLR(optimizer, common.schedule(args))
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(scheduler)
@@ -64,12 +69,19 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
         accelerator.print(f"continues {state}")
     global_batch = args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     windows = common.shard_windows(
-        args.data_dir, "train", block_size=block_size, seed=args.seed, shuffle=args.shuffle,
+        args.data_dir,
+        "train",
+        block_size=block_size,
+        seed=args.seed,
+        shuffle=args.shuffle,
         vocab_size=accelerator.unwrap_model(model).config.vocab_size,
-    )  # fmt: skip
-    # Batch k of these positions goes to process k mod num_processes. To resume is to begin further on.
+    )
+    # Batch k of these positions goes to process k mod num_processes. To resume is to begin further
+    # on.
     positions = range(step * global_batch, args.max_iters * global_batch)
-    batches = accelerator.prepare(DataLoader(windows, batch_size=args.batch_size, sampler=positions))
+    batches = accelerator.prepare(
+        DataLoader(windows, batch_size=args.batch_size, sampler=positions)
+    )
     if args.eval_interval:
         length = args.eval_iters * args.batch_size
         val = common.shard_windows(args.data_dir, "val", block_size=block_size, length=length)
@@ -100,8 +112,10 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
             loss = accelerator.reduce(losses, "mean").item()
             values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": norm}
             common.log_metrics(log, step, step * global_batch * block_size, values)
-            accelerator.print(f"step {step:6}/{args.max_iters} | loss {loss:.4f} | lr {learning_rate:.1e}"
-                              f" | norm {norm:.2f}")  # fmt: skip
+            accelerator.print(
+                f"step {step:6}/{args.max_iters} | loss {loss:.4f} | lr {learning_rate:.1e}"
+                f" | norm {norm:.2f}"
+            )
         losses.zero_()
         evaluated = args.eval_interval and step % args.eval_interval == 0
         if evaluated:
@@ -119,8 +133,8 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
 
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, model: nn.Module, batches: DataLoader) -> float:
-    """Mean loss over all tokens of all processes, in nats. Sums are gathered, not means: the last batch may
-    be smaller, and a process may have had none."""
+    """Mean loss over all tokens of all processes, in nats. Sums are gathered, not means: the last
+    batch may be smaller, and a process may have had none."""
     plain = accelerator.unwrap_model(model)
     plain.eval()
     totals = torch.zeros(2, dtype=torch.float64)
@@ -140,14 +154,17 @@ def newest_state(out_dir: Path) -> Path | None:
 
 
 def save_state(accelerator: Accelerator, out_dir: Path, step: int) -> None:
-    """Model, optimizer, scheduler, scaler and generators, under its name only when it is complete."""
+    """Model, optimizer, scheduler, scaler and generators, under its name only when it is
+    complete."""
     temporary = out_dir / "saving"
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         os.rename(temporary, out_dir / f"step-{step}")
-        states = sorted(out_dir.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        states = sorted(
+            out_dir.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-"))
+        )
         for state in states[:-KEPT_STATES]:
             shutil.rmtree(state)
     accelerator.wait_for_everyone()

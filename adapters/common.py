@@ -1,13 +1,15 @@
-"""What the three trainers share: train_gpt2.py's flags and weights, shards and raw text as torch Datasets.
+"""What the three trainers share: train_gpt2.py's flags and weights, shards and raw text as torch
+Datasets.
 
     args, given = parse(__doc__, argv, "out-trainer")
-    train = shard_windows(args.data_dir, "train", block_size=1024, seed=1337)    # a map-style Dataset
-    train[0]                            # {"input_ids": int64 (1024,), "labels": the same one token later}
+    train = shard_windows(args.data_dir, "train", block_size=1024, seed=1337)    # a map-style
+    Dataset train[0]                            # {"input_ids": int64 (1024,), "labels": the same
+    one token later}
 
-Labels are shifted already: labels[t] is the token after input_ids[t], as train_gpt2.py has it, so that all
-block_size of them are used. The order is train_gpt2.py's too: item p of a training set is the window at
-position p of the run, counted through all epochs. A trainer that reads it from front to back in batches sees
-what train_gpt2.py sees.
+Labels are shifted already: labels[t] is the token after input_ids[t], as train_gpt2.py has it, so
+that all block_size of them are used. The order is train_gpt2.py's too: item p of a training set is
+the window at position p of the run, counted through all epochs. A trainer that reads it from front
+to back in batches sees what train_gpt2.py sees.
 """
 
 import argparse
@@ -25,12 +27,13 @@ from torch.utils.data import Dataset
 
 from adapters import FrameworkMissing, require
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint
-from pretrain import distributed, flags, settings
-from pretrain.loader import ShardLoader, TokenWindows
-from pretrain.runlog import RunLog
-from pretrain.schedule import learning_rate
-from pretrain.shards import ShardError, find_shards
-from pretrain.tokenizer import TokenizerUnavailable
+from pretrain import distributed, flags
+from pretrain.report.runlog import RunLog
+from pretrain.tokens.shards import ShardError, find_shards
+from pretrain.tokens.tokenizer import TokenizerUnavailable
+from pretrain.train import settings
+from pretrain.train.loader import ShardLoader, TokenWindows
+from pretrain.train.schedule import learning_rate
 
 if TYPE_CHECKING:
     import datasets
@@ -38,7 +41,15 @@ if TYPE_CHECKING:
 
 SIZES = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
 FLAGS = (
-    *(*SIZES, "init_from", "data_dir", "shuffle", "batch_size", "gradient_accumulation_steps", "max_iters"),
+    *(
+        *SIZES,
+        "init_from",
+        "data_dir",
+        "shuffle",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "max_iters",
+    ),
     *("learning_rate", "min_lr", "warmup_iters", "weight_decay", "beta1", "beta2", "grad_clip"),
     *("dtype", "gradient_checkpointing", "log_interval", "seed"),
 )
@@ -54,8 +65,8 @@ ERRORS = (AdapterError, CheckpointError, ShardError, TokenizerUnavailable)  # a 
 
 
 def require_for(name: str, *modules: str) -> None:
-    """require() for a module called `name`: where that is the command that was run, a line instead of a
-    traceback."""
+    """require() for a module called `name`: where that is the command that was run, a line instead
+    of a traceback."""
     try:
         require(*modules)
     except FrameworkMissing as error:
@@ -70,14 +81,17 @@ def parse(
     out_dir: str,
     add_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> tuple[argparse.Namespace, set[str]]:
-    """(flags, names of those given): train_gpt2.py's that are in FLAGS, those below, those of add_flags.
+    """(flags, names of those given): train_gpt2.py's that are in FLAGS, those below, those of
+    add_flags.
 
     out_dir: default of --out_dir. With problems, prints one line for each and exits with status 2.
     """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False, allow_abbrev=False,
-    )  # fmt: skip
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     ours = settings.build_parser()
     for action in ours._actions:
         if action.dest in FLAGS:
@@ -101,7 +115,9 @@ def parse(
         found = [problem for problem in found if not problem.startswith("--data_dir")]
         found += ["--text and --data_dir: give one of them"] * ("data_dir" in given)
     if args.dtype == "float16" and device(args).type == "cpu":
-        found.append("--dtype float16: on a CPU this trainer would use another in silence; take bfloat16")
+        found.append(
+            "--dtype float16: on a CPU this trainer would use another in silence; take bfloat16"
+        )
     for problem in problems or found:
         print(f"{parser.prog}: error: {problem}", file=sys.stderr)
     if problems or found:
@@ -110,12 +126,14 @@ def parse(
 
 
 def device(args: argparse.Namespace) -> torch.device:
-    return distributed.pick_device("cpu" if args.cpu else "auto", distributed.environment("LOCAL_RANK", 0))
+    return distributed.pick_device(
+        "cpu" if args.cpu else "auto", distributed.environment("LOCAL_RANK", 0)
+    )
 
 
 def build_model(args: argparse.Namespace, given: set[str]) -> tuple[GPT, int]:
-    """The model with which train_gpt2.py would begin with these flags, and the length of the windows to train
-    it on. Raises model.CheckpointError, AdapterError."""
+    """The model with which train_gpt2.py would begin with these flags, and the length of the
+    windows to train it on. Raises model.CheckpointError, AdapterError."""
     torch.manual_seed(args.seed)
     if args.init_from == "scratch":
         return GPT(GPTConfig(**{name: getattr(args, name) for name in SIZES})), args.block_size
@@ -125,7 +143,9 @@ def build_model(args: argparse.Namespace, given: set[str]) -> tuple[GPT, int]:
         model = GPT.from_pretrained(args.init_from)
     block_size = args.block_size if "block_size" in given else model.config.block_size
     asked = given & {"n_layer", "n_head", "n_embd", "bias"}
-    wrong = [f"--{name}" for name in sorted(asked) if getattr(args, name) != getattr(model.config, name)]
+    wrong = [
+        f"--{name}" for name in sorted(asked) if getattr(args, name) != getattr(model.config, name)
+    ]
     wrong += ["--block_size"] * (block_size > model.config.block_size)
     if wrong:
         raise AdapterError(f"{args.init_from} has {model.config}: leave out {', '.join(wrong)}")
@@ -137,15 +157,18 @@ def build_model(args: argparse.Namespace, given: set[str]) -> tuple[GPT, int]:
 def schedule(args: argparse.Namespace) -> Callable[[int], float]:
     """Share of --learning_rate at each update, for LambdaLR: train_gpt2.py's warmup and cosine."""
     rate = partial(
-        learning_rate, max_lr=args.learning_rate, min_lr=args.min_lr, warmup_iters=args.warmup_iters,
+        learning_rate,
+        max_lr=args.learning_rate,
+        min_lr=args.min_lr,
+        warmup_iters=args.warmup_iters,
         lr_decay_iters=args.lr_decay_iters,
-    )  # fmt: skip
+    )
     return lambda step: rate(step) / args.learning_rate if args.learning_rate else 0.0
 
 
 def log_metrics(log: RunLog, step: int, tokens: int, values: dict[str, float | None]) -> None:
-    """Write those of `values` that are not None as an event of metrics.jsonl: eval if val_loss is among them,
-    else train."""
+    """Write those of `values` that are not None as an event of metrics.jsonl: eval if val_loss is
+    among them, else train."""
     values = {name: float(value) for name, value in values.items() if value is not None}
     if "val_loss" in values:
         values["perplexity"] = math.exp(min(values["val_loss"], 700))
@@ -153,10 +176,12 @@ def log_metrics(log: RunLog, step: int, tokens: int, values: dict[str, float | N
 
 
 class Windows(Dataset):
-    """`length` windows in training order; item p is {"input_ids", "labels"}, int64 (block_size,) each.
+    """`length` windows in training order; item p is {"input_ids", "labels"}, int64 (block_size,)
+    each.
 
-    windows.read(numbers) gives the tokens of windows, (n, block_size + 1); order(positions) says which window
-    comes at which position. Positions past `length` are fine: they belong to later epochs.
+    windows.read(numbers) gives the tokens of windows, (n, block_size + 1); order(positions) says
+    which window comes at which position. Positions past `length` are fine: they belong to later
+    epochs.
     """
 
     def __init__(self, windows, order: Callable[[np.ndarray], np.ndarray], length: int):
@@ -176,17 +201,31 @@ class Windows(Dataset):
 
 
 def shard_windows(
-    data_dir: str | Path, split: str, *, block_size: int, seed: int = 0, shuffle: bool = True,
-    length: int | None = None, vocab_size: int = 2**16,
-) -> Windows:  # fmt: skip
-    """The windows of a folder's shards. split "train": in ShardLoader's order, `length` of them (default: an
-    epoch). split "val": the first `length`, all if there are fewer. Raises ShardError."""
+    data_dir: str | Path,
+    split: str,
+    *,
+    block_size: int,
+    seed: int = 0,
+    shuffle: bool = True,
+    length: int | None = None,
+    vocab_size: int = 2**16,
+) -> Windows:
+    """The windows of a folder's shards. split "train": in ShardLoader's order, `length` of them
+    (default: an epoch). split "val": the first `length`, all if there are fewer. Raises
+    ShardError."""
     paths = find_shards(data_dir, split)
     if split == "val":
         windows = TokenWindows(paths, block_size=block_size, vocab_size=vocab_size)
-        return Windows(windows, lambda positions: positions, min(length or len(windows), len(windows)))
+        return Windows(
+            windows, lambda positions: positions, min(length or len(windows), len(windows))
+        )
     loader = ShardLoader(
-        paths, batch_size=1, block_size=block_size, seed=seed, shuffle=shuffle, vocab_size=vocab_size
+        paths,
+        batch_size=1,
+        block_size=block_size,
+        seed=seed,
+        shuffle=shuffle,
+        vocab_size=vocab_size,
     )
     return Windows(loader.windows, loader.order, length or loader.windows_per_epoch)
 
@@ -195,40 +234,56 @@ def shard_windows(
 
 
 def load_text(paths: Sequence[str | Path], text_column: str = "text") -> "datasets.Dataset":
-    """.txt (a file is a document), .jsonl or .parquet files of one kind, as a Dataset with a column "text".
-    Raises AdapterError."""
+    """.txt (a file is a document), .jsonl or .parquet files of one kind, as a Dataset with a column
+    "text". Raises AdapterError."""
     import datasets
 
     suffixes = {Path(path).suffix for path in paths}
     missing = [str(path) for path in paths if not Path(path).is_file()]
     if missing or len(suffixes) != 1 or not suffixes <= set(BUILDERS):
-        problem = f"{missing[0]}: no such file" if missing else "files must be all .txt, .jsonl or .parquet"
+        problem = (
+            f"{missing[0]}: no such file"
+            if missing
+            else "files must be all .txt, .jsonl or .parquet"
+        )
         raise AdapterError(problem)
     builder = BUILDERS[suffixes.pop()]
     how = {"sample_by": "document"} if builder == "text" else {}
     column = "text" if builder == "text" else text_column
-    found = datasets.load_dataset(builder, data_files=[str(path) for path in paths], split="train", **how)
+    found = datasets.load_dataset(
+        builder, data_files=[str(path) for path in paths], split="train", **how
+    )
     if column not in found.column_names:
-        raise AdapterError(f"{paths[0]}: no column {column!r}; it has {', '.join(found.column_names)}")
-    return found.select_columns([column]).rename_columns({column: "text"} if column != "text" else {})
+        raise AdapterError(
+            f"{paths[0]}: no column {column!r}; it has {', '.join(found.column_names)}"
+        )
+    return found.select_columns([column]).rename_columns(
+        {column: "text"} if column != "text" else {}
+    )
 
 
 def text_chunks(
     texts: "datasets.Dataset", tokenizer: "PreTrainedTokenizerBase", length: int
 ) -> "datasets.Dataset":
-    """Rows {"input_ids": length tokens}: each text cut into chunks, the shorter one at its end left out."""
+    """Rows {"input_ids": length tokens}: each text cut into chunks, the shorter one at its end left
+    out."""
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         cut = tokenizer(
-            batch["text"], truncation=True, max_length=length, return_overflowing_tokens=True,
+            batch["text"],
+            truncation=True,
+            max_length=length,
+            return_overflowing_tokens=True,
             return_length=True,
-        )  # fmt: skip
+        )
         full = zip(cut["input_ids"], cut["length"], strict=True)
         return {"input_ids": [ids for ids, size in full if size == length]}
 
     chunks = texts.map(tokenize, batched=True, remove_columns=texts.column_names)
     if len(chunks) < 2:
-        raise AdapterError(f"{len(chunks)} chunks of {length} tokens in the text: too few to train on")
+        raise AdapterError(
+            f"{len(chunks)} chunks of {length} tokens in the text: too few to train on"
+        )
     return chunks
 
 
@@ -255,7 +310,9 @@ class ChunkWindows:
     def order(self, positions: np.ndarray) -> np.ndarray:
         """Window numbers at these positions, every epoch in an order of its own."""
         epochs, places = np.divmod(positions, len(self))
-        return np.array([self._shuffled(e)[p] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)])
+        return np.array(
+            [self._shuffled(e)[p] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)]
+        )
 
     def in_order(self, positions: np.ndarray) -> np.ndarray:
         return positions % len(self)

@@ -3,14 +3,15 @@
     tokenizer = build_tokenizer(1024)
     tokenizer("Hello world")["input_ids"]       # [15496, 995]
 
-It is made from tiktoken's encoding, so it needs no network where pretrain.tokenizer needs none.
+It is made from tiktoken's encoding, so it needs no network where pretrain.tokens.tokenizer needs
+none.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters import require
-from pretrain.tokenizer import END_OF_TEXT, VOCAB_SIZE, load_encoding
+from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE, load_encoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -19,18 +20,21 @@ if TYPE_CHECKING:
 def build_tokenizer(block_size: int) -> "PreTrainedTokenizerFast":
     """A GPT2TokenizerFast whose ids are those of tiktoken's encode_ordinary, for any text.
 
-    A literal <|endoftext|> is ordinary text too, as in training; end-of-text is eos_token_id. There is no pad
-    token, as GPT-2 has none. block_size is where it truncates when asked to. Raises FrameworkMissing,
-    TokenizerUnavailable.
+    A literal <|endoftext|> is ordinary text too, as in training; end-of-text is eos_token_id. There
+    is no pad token, as GPT-2 has none. block_size is where it truncates when asked to. Raises
+    FrameworkMissing, TokenizerUnavailable.
     """
     require("transformers")
     from transformers import GPT2TokenizerFast
 
     encoding = load_encoding()
-    ids = {encoding.decode_single_token_bytes(i): i for i in range(END_OF_TEXT)}  # in the order of the ids
+    ids = {
+        encoding.decode_single_token_bytes(i): i for i in range(END_OF_TEXT)
+    }  # in the order of the ids
     vocabulary = {_printable(token): i for token, i in ids.items()}
     merges = [tuple(map(_printable, _last_merge(token, ids))) for token in ids if len(token) > 1]
-    # Its arguments vocab_file and merges_file are accepted and ignored: the tokenizer would be empty.
+    # Its arguments vocab_file and merges_file are accepted and ignored: the tokenizer would be
+    # empty.
     return GPT2TokenizerFast(
         vocab={**vocabulary, "<|endoftext|>": END_OF_TEXT},
         merges=merges,
@@ -41,15 +45,16 @@ def build_tokenizer(block_size: int) -> "PreTrainedTokenizerFast":
 
 
 def save_tokenizer(folder: Path, block_size: int) -> None:
-    """tokenizer.json, tokenizer_config.json, and vocab.json and merges.txt for tools that know only those."""
+    """tokenizer.json, tokenizer_config.json, and vocab.json and merges.txt for tools that know only
+    those."""
     tokenizer = build_tokenizer(block_size)
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.model.save(str(folder))
 
 
 def _last_merge(token: bytes, ids: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that byte-pair encoding joins to this one. Ids are in the order of the merges, so those
-    that came before it are applied, lowest id first, until two parts are left."""
+    """The two tokens that byte-pair encoding joins to this one. Ids are in the order of the merges,
+    so those that came before it are applied, lowest id first, until two parts are left."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         i = min(range(len(parts) - 1), key=lambda i: ids.get(parts[i] + parts[i + 1], VOCAB_SIZE))
@@ -57,7 +62,8 @@ def _last_merge(token: bytes, ids: dict[bytes, int]) -> tuple[bytes, bytes]:
     return parts[0], parts[1]
 
 
-# GPT-2's files write each byte as one character: itself where that is visible, else the next from U+0100 on.
+# GPT-2's files write each byte as one character: itself where that is visible, else the next from
+# U+0100 on.
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _VISIBLE]
 _CHARACTERS = {byte: chr(byte) for byte in _VISIBLE}

@@ -1,14 +1,15 @@
 """Train GPT-2 with transformers.Trainer, on shards or on raw text.
 
     $ python -m adapters.hf_trainer --data_dir data/input --max_iters 2000 --warmup_iters 100
-    $ python -m adapters.hf_trainer --text input.txt --block_size 128 --max_iters 500 --warmup_iters 20
+    $ python -m adapters.hf_trainer --text input.txt --block_size 128 --max_iters 500 --warmup_iters
+    20
     $ torchrun --nproc_per_node=8 -m adapters.hf_trainer ...
 
-On shards: the windows, order, schedule and first weights of train_gpt2.py, so the losses are the same. On raw
-text: the Hugging Face course's way, chunks of --block_size tokens cut from each document, in random order.
-In --out_dir: checkpoint-N at each evaluation, metrics.jsonl for `python -m pretrain.report`, and the trained
-model with its tokenizer, which transformers, `hellaswag.py --model` and `python -m adapters.huggingface`
-read. The same command again continues the run.
+On shards: the windows, order, schedule and first weights of train_gpt2.py, so the losses are the
+same. On raw text: the Hugging Face course's way, chunks of --block_size tokens cut from each
+document, in random order. In --out_dir: checkpoint-N at each evaluation, metrics.jsonl for `python
+-m pretrain.report`, and the trained model with its tokenizer, which transformers, `hellaswag.py
+--model` and `python -m adapters.huggingface` read. The same command again continues the run.
 """
 
 import argparse
@@ -27,9 +28,9 @@ from adapters import common
 from adapters.hf_tokenizer import build_tokenizer
 from model import GPT
 from pretrain.distributed import environment, pick_dtype
-from pretrain.keytokens import KeyTokenError, key_token_weights, load_key_tokens
-from pretrain.runlog import RunLog
-from pretrain.tokenizer import END_OF_TEXT
+from pretrain.report.runlog import RunLog
+from pretrain.tokens.tokenizer import END_OF_TEXT
+from pretrain.train.keytokens import KeyTokenError, key_token_weights, load_key_tokens
 
 common.require_for(__name__, "transformers", "accelerate", "datasets")
 from transformers import (  # noqa: E402  (after the check that they are there)
@@ -46,41 +47,57 @@ SCHEDULERS = ("train_gpt2", "cosine", "linear", "inverse_sqrt", "constant_with_w
 
 
 class GPT2Trainer(Trainer):
-    """Trainer with train_gpt2.py's schedule, perplexity in evaluations, and losses weighted by key tokens.
+    """Trainer with train_gpt2.py's schedule, perplexity in evaluations, and losses weighted by key
+    tokens.
 
-    schedule: share of the learning rate at each update; None for TrainingArguments.lr_scheduler_type.
-    key_tokens: int64 ids as for pretrain.keytokens; None for the plain loss.
+    schedule: share of the learning rate at each update; None for
+    TrainingArguments.lr_scheduler_type. key_tokens: int64 ids as for pretrain.train.keytokens; None
+    for the plain loss.
     """
 
     def __init__(
-        self, *args, schedule: Callable[[int], float] | None = None, key_tokens: Tensor | None = None,
-        key_token_alpha: float = 1.0, **kwargs,
-    ):  # fmt: skip
+        self,
+        *args,
+        schedule: Callable[[int], float] | None = None,
+        key_tokens: Tensor | None = None,
+        key_token_alpha: float = 1.0,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.schedule, self.key_tokens, self.key_token_alpha = schedule, key_tokens, key_token_alpha
-        # So the logged loss is the mean of the micro-batches' means, whoever computes it. Otherwise releases
-        # of Trainer divide by a count of labels that includes the first (a factor of (T - 1) / T), and the
-        # loss of a compute_loss like ours is not divided by the number of micro-batches.
+        # So the logged loss is the mean of the micro-batches' means, whoever computes it. Otherwise
+        # releases of Trainer divide by a count of labels that includes the first (a factor of (T -
+        # 1) / T), and the loss of a compute_loss like ours is not divided by the number of
+        # micro-batches.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
         num_items_in_batch: Any = None,
-    ) -> Tensor | tuple[Tensor, Any]:  # fmt: skip
-        """The model's loss; in training with key tokens, that of pretrain.keytokens. Evaluations are never
-        weighted, so that eval_loss stays in nats per token."""
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The model's loss; in training with key tokens, that of pretrain.train.keytokens.
+        Evaluations are never weighted, so that eval_loss stays in nats per token."""
         if self.key_tokens is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels, targets = inputs["labels"], inputs.get("shift_labels")
         if targets is None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"))
-        losses = F.cross_entropy(outputs.logits.float().transpose(1, 2), targets, reduction="none")  # (B, T)
+        losses = F.cross_entropy(
+            outputs.logits.float().transpose(1, 2), targets, reduction="none"
+        )  # (B, T)
         means = losses.sum(dim=1) / (targets != -100).sum(dim=1)
-        loss = (key_token_weights(inputs["input_ids"], self.key_tokens, self.key_token_alpha) * means).mean()
+        loss = (
+            key_token_weights(inputs["input_ids"], self.key_tokens, self.key_token_alpha) * means
+        ).mean()
         return (loss, outputs) if return_outputs else loss
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ):
         if self.schedule is not None and self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule)
             self._created_lr_scheduler = True
@@ -104,14 +121,17 @@ class RunLogCallback(TrainerCallback):
         values = {name: logs.get(name) for name in ("loss", "learning_rate", "grad_norm")}
         values["val_loss"] = logs.get("eval_loss")
         if state.is_world_process_zero and {"loss", "eval_loss"} & set(logs):
-            common.log_metrics(self.log, state.global_step, state.global_step * self.tokens_per_step, values)
+            common.log_metrics(
+                self.log, state.global_step, state.global_step * self.tokens_per_step, values
+            )
 
 
 class ChunkCollator(DataCollatorForLanguageModeling):
     """Labels are the inputs wherever there is a token.
 
-    GPT-2 has no pad token, so end-of-text serves; the collator of transformers then ignores every end-of-text
-    as if it were padding, and the model never learns to end. The attention mask tells the two apart.
+    GPT-2 has no pad token, so end-of-text serves; the collator of transformers then ignores every
+    end-of-text as if it were padding, and the model never learns to end. The attention mask tells
+    the two apart.
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -123,7 +143,8 @@ class ChunkCollator(DataCollatorForLanguageModeling):
 
 
 def collate_windows(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch for GPT2LMHeadModel, which would shift `labels` once more if `shift_labels` were not there."""
+    """A batch for GPT2LMHeadModel, which would shift `labels` once more if `shift_labels` were not
+    there."""
     batch = default_collate(samples)
     return {**batch, "shift_labels": batch["labels"]}
 
@@ -132,10 +153,17 @@ def to_transformers(model: GPT) -> GPT2LMHeadModel:
     """The same function with the same weights."""
     c = model.config
     config = GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-        n_head=c.n_head, embd_pdrop=c.dropout, attn_pdrop=c.dropout, resid_pdrop=c.dropout,
-        bos_token_id=END_OF_TEXT, eos_token_id=END_OF_TEXT,
-    )  # fmt: skip
+        vocab_size=c.vocab_size,
+        n_positions=c.block_size,
+        n_embd=c.n_embd,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        embd_pdrop=c.dropout,
+        attn_pdrop=c.dropout,
+        resid_pdrop=c.dropout,
+        bos_token_id=END_OF_TEXT,
+        eos_token_id=END_OF_TEXT,
+    )
     theirs = GPT2LMHeadModel(config)
     theirs.loss_type = "ForCausalLM"
     theirs.load_state_dict(model.huggingface_state_dict())
@@ -197,26 +225,41 @@ def build_trainer(args: argparse.Namespace, given: set[str]) -> GPT2Trainer:
     global_batch = args.batch_size * args.gradient_accumulation_steps * environment("WORLD_SIZE", 1)
     eval_windows = args.eval_iters * args.batch_size
     if args.text:
-        chunks = common.text_chunks(common.load_text(args.text, args.text_column), tokenizer, block_size)
+        chunks = common.text_chunks(
+            common.load_text(args.text, args.text_column), tokenizer, block_size
+        )
         train, val = common.split_chunks(chunks)
         val = val.select(range(min(len(val), eval_windows)))
         tokenizer.pad_token = tokenizer.eos_token
         collate = ChunkCollator(tokenizer, mlm=False)
     else:
         train = common.shard_windows(
-            args.data_dir, "train", block_size=block_size, seed=args.seed, shuffle=args.shuffle,
-            length=args.max_iters * global_batch, vocab_size=ours.config.vocab_size,
-        )  # fmt: skip
+            args.data_dir,
+            "train",
+            block_size=block_size,
+            seed=args.seed,
+            shuffle=args.shuffle,
+            length=args.max_iters * global_batch,
+            vocab_size=ours.config.vocab_size,
+        )
         val = None
         if args.eval_interval:
-            val = common.shard_windows(args.data_dir, "val", block_size=block_size, length=eval_windows)
+            val = common.shard_windows(
+                args.data_dir, "val", block_size=block_size, length=eval_windows
+            )
         collate = collate_windows
     return GPT2Trainer(
-        to_transformers(ours), arguments, train_dataset=train, eval_dataset=val, data_collator=collate,
-        processing_class=tokenizer, key_tokens=key_tokens, key_token_alpha=args.key_token_alpha,
+        to_transformers(ours),
+        arguments,
+        train_dataset=train,
+        eval_dataset=val,
+        data_collator=collate,
+        processing_class=tokenizer,
+        key_tokens=key_tokens,
+        key_token_alpha=args.key_token_alpha,
         schedule=common.schedule(args) if args.lr_scheduler == "train_gpt2" else None,
         callbacks=[RunLogCallback(RunLog(args.out_dir), global_batch * block_size)],
-    )  # fmt: skip
+    )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -229,7 +272,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="that of train_gpt2.py, or transformers' of this name, which rises from 0 over --warmup_iters "
              "and ends at --max_iters (train_gpt2)")
     add("--key_tokens", metavar="FILE",
-        help="a GPT-2 token a line; sequences with more of them weigh more, see pretrain/keytokens.py (off)")
+        help="a GPT-2 token a line; sequences with more of them weigh more, see pretrain/train/keytokens.py (off)")
     add("--key_token_alpha", type=float, default=1.0, metavar="A", help="factor of these weights (1.0)")
     add("--push_to_hub", metavar="user/name", help="upload the trained model; needs `hf auth login`")
     # fmt: on

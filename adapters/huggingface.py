@@ -2,10 +2,10 @@
 
     $ python -m adapters.huggingface export checkpoints/best_val_loss.pt my-gpt2
     my-gpt2: 124.4M parameters, float32, 498 MB
-    $ python -m adapters.huggingface import gpt2-medium medium.pt   # then train_gpt2.py --init_from medium.pt
-    medium.pt: 354.8M parameters
-    $ python -m adapters.huggingface push my-gpt2 user/my-gpt2 --private       # after `hf auth login`
-    https://huggingface.co/user/my-gpt2
+    $ python -m adapters.huggingface import gpt2-medium medium.pt   # then train_gpt2.py --init_from
+    medium.pt medium.pt: 354.8M parameters
+    $ python -m adapters.huggingface push my-gpt2 user/my-gpt2 --private       # after `hf auth
+    login` https://huggingface.co/user/my-gpt2
 
 The folder is what transformers itself writes for GPT-2: AutoModelForCausalLM, AutoTokenizer and
 pipeline("text-generation", model="my-gpt2") load it without a network.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from adapters import require
 from adapters.hf_tokenizer import save_tokenizer
 from adapters.model_card import RECORD, model_card, training_record
-from pretrain.tokenizer import END_OF_TEXT, VOCAB_SIZE
+from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -52,24 +52,31 @@ def export(
 ) -> None:
     """Write `model` with GPT-2's tokenizer to out_dir, where it appears when it is complete.
 
-    record: what training_record tells, for the model card. dtype: of the weights in the file. An existing
-    out_dir must be empty or an export; others need overwrite, which replaces the files that an export has and
-    leaves the rest alone. Raises HuggingFaceError, FrameworkMissing, OSError.
+    record: what training_record tells, for the model card. dtype: of the weights in the file. An
+    existing out_dir must be empty or an export; others need overwrite, which replaces the files
+    that an export has and leaves the rest alone. Raises HuggingFaceError, FrameworkMissing,
+    OSError.
     """
     require("transformers", "safetensors")
     out_dir = Path(out_dir)
     if model.config.vocab_size < VOCAB_SIZE:
         size = model.config.vocab_size
-        raise HuggingFaceError(f"the model knows {size} tokens, but GPT-2's tokenizer has {VOCAB_SIZE}")
+        raise HuggingFaceError(
+            f"the model knows {size} tokens, but GPT-2's tokenizer has {VOCAB_SIZE}"
+        )
     if out_dir.exists() and not overwrite:
         names = os.listdir(out_dir) if out_dir.is_dir() else [out_dir.name]
         if names and RECORD not in names:
-            raise HuggingFaceError(f"{out_dir}: exists and is no export; choose another, or --overwrite")
+            raise HuggingFaceError(
+                f"{out_dir}: exists and is no export; choose another, or --overwrite"
+            )
     temporary = out_dir.with_name(f".{out_dir.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write_json(temporary / RECORD, record or {"format": 1, "parameters": model.num_parameters()})
+        _write_json(
+            temporary / RECORD, record or {"format": 1, "parameters": model.num_parameters()}
+        )
         save_weights(model, temporary, dtype)
         save_tokenizer(temporary, model.config.block_size)
         if out_dir.exists():
@@ -82,7 +89,8 @@ def export(
 
 
 def save_weights(model: "GPT", folder: Path, dtype: str) -> None:
-    """config.json, generation_config.json and model.safetensors, without ids that the tokenizer lacks."""
+    """config.json, generation_config.json and model.safetensors, without ids that the tokenizer
+    lacks."""
     import torch
     from safetensors.torch import save_file
 
@@ -114,7 +122,9 @@ def save_weights(model: "GPT", folder: Path, dtype: str) -> None:
     state = model.huggingface_state_dict()
     del state["lm_head.weight"]  # the embedding again
     state["transformer.wte.weight"] = state["transformer.wte.weight"][:VOCAB_SIZE]
-    state = {key: value.to("cpu", getattr(torch, dtype)).contiguous() for key, value in state.items()}
+    state = {
+        key: value.to("cpu", getattr(torch, dtype)).contiguous() for key, value in state.items()
+    }
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # it was written for its owner alone
 
@@ -127,13 +137,15 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def import_model(source: str, path: str | Path, *, overwrite: bool = False) -> "GPT":
-    """Save a GPT-2 of the hub or of a folder as a checkpoint that train_gpt2.py --init_from begins with.
+    """Save a GPT-2 of the hub or of a folder as a checkpoint that train_gpt2.py --init_from begins
+    with.
 
-    Returns the model. Raises CheckpointError (of model.py, or of pretrain.checkpoint), HuggingFaceError.
+    Returns the model. Raises CheckpointError (of model.py, or of pretrain.train.checkpoint),
+    HuggingFaceError.
     """
     require("safetensors")
     from model import GPT
-    from pretrain import checkpoint
+    from pretrain.train import checkpoint
 
     path = Path(path)
     if path.suffix != ".pt":
@@ -142,7 +154,11 @@ def import_model(source: str, path: str | Path, *, overwrite: bool = False) -> "
         raise HuggingFaceError(f"{path}: exists; choose another name, or --overwrite")
     model = GPT.from_pretrained(source)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"format": checkpoint.FORMAT, "model": model.state_dict(), "model_config": asdict(model.config)}
+    content = {
+        "format": checkpoint.FORMAT,
+        "model": model.state_dict(),
+        "model_config": asdict(model.config),
+    }
     checkpoint.save(path, {**content, "step": 0, "tokens": 0, "config": {}})
     return model
 
@@ -151,10 +167,11 @@ def import_model(source: str, path: str | Path, *, overwrite: bool = False) -> "
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload an export in one commit, with its README.md or, where it has none, a card made from its record.
+    """Upload an export in one commit, with its README.md or, where it has none, a card made from
+    its record.
 
-    The repository is created when it does not exist. The token is that of `hf auth login` or of HF_TOKEN.
-    Returns the repository's address. Raises HuggingFaceError.
+    The repository is created when it does not exist. The token is that of `hf auth login` or of
+    HF_TOKEN. Returns the repository's address. Raises HuggingFaceError.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.utils import validate_repo_id
@@ -170,7 +187,9 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
     token = get_token()
     if token is None:
         raise HuggingFaceError("no access token; run `hf auth login`, or set HF_TOKEN")
-    contents: dict[str, Path | bytes] = {name: folder / name for name in FILES if (folder / name).is_file()}
+    contents: dict[str, Path | bytes] = {
+        name: folder / name for name in FILES if (folder / name).is_file()
+    }
     readme = folder / "README.md"
     contents["README.md"] = readme if readme.is_file() else model_card(folder, repo_id).encode()
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
@@ -183,12 +202,15 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
         raise
     except Exception as error:  # whatever the hub's client meets, in its words but for the token
         words = " ".join(str(error).split()) or type(error).__name__
-        raise HuggingFaceError(f"{repo_id}: not uploaded: {words.replace(token, '<token>')}") from None
+        raise HuggingFaceError(
+            f"{repo_id}: not uploaded: {words.replace(token, '<token>')}"
+        ) from None
     return address
 
 
 def _repository(api: "HfApi", repo_id: str, private: bool) -> str:
-    """The address of the repository, created if need be; a public one is not taken for a private one."""
+    """The address of the repository, created if need be; a public one is not taken for a private
+    one."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -196,7 +218,9 @@ def _repository(api: "HfApi", repo_id: str, private: bool) -> str:
     except RepositoryNotFoundError:
         return str(api.create_repo(repo_id, private=private or None))
     if private and not found.private:
-        raise HuggingFaceError(f"{repo_id}: exists and is public; make it private, or leave out --private")
+        raise HuggingFaceError(
+            f"{repo_id}: exists and is public; make it private, or leave out --private"
+        )
     return f"{api.endpoint}/{repo_id}"
 
 
@@ -236,7 +260,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.checkpoint}: {model.num_parameters() / 1e6:.1f}M parameters")
         if model.config.vocab_size < VOCAB_SIZE:
             size = model.config.vocab_size
-            print(f"note: it knows {size} tokens; its tokenizer is not GPT-2's, which makes the shards")
+            print(
+                f"note: it knows {size} tokens; its tokenizer is not GPT-2's, which makes the shards"
+            )
     else:
         from model import GPT, load_checkpoint
 

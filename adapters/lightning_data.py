@@ -1,4 +1,5 @@
-"""Shards or raw text for Lightning, read in train_gpt2.py's order and resumed where training stopped.
+"""Shards or raw text for Lightning, read in train_gpt2.py's order and resumed where training
+stopped.
 
 data = LLMDataModule("data/input", batch_size=8, block_size=1024, accumulation_steps=5)
 data = LLMDataModule(text=["input.txt"], batch_size=8, block_size=128)
@@ -19,15 +20,22 @@ from adapters.hf_tokenizer import build_tokenizer
 class PositionSampler(DistributedSampler):
     """This rank's positions in training order, dealt out batch by batch as ShardLoader does.
 
-    A DistributedSampler, so that Lightning leaves it as it is. An epoch has a whole number of updates; the
-    next one goes on where it ended, as positions are counted through all epochs.
+    A DistributedSampler, so that Lightning leaves it as it is. An epoch has a whole number of
+    updates; the next one goes on where it ended, as positions are counted through all epochs.
     """
 
     def __init__(
-        self, windows: Dataset, *, batch_size: int, accumulation_steps: int, rank: int, world_size: int,
+        self,
+        windows: Dataset,
+        *,
+        batch_size: int,
+        accumulation_steps: int,
+        rank: int,
+        world_size: int,
         start: int = 0,
-    ):  # fmt: skip
-        """start: batches of the first epoch that are left out, those that were trained on before a stop."""
+    ):
+        """start: batches of the first epoch that are left out, those that were trained on before a
+        stop."""
         super().__init__(windows, num_replicas=world_size, rank=rank, shuffle=False)
         self.batch_size, self.start = batch_size, start
         updates = max(1, len(windows) // (accumulation_steps * batch_size * world_size))
@@ -44,8 +52,8 @@ class PositionSampler(DistributedSampler):
 
 
 class ShareSampler(DistributedSampler):
-    """This rank's share of a validation set, every sample once over all ranks. DistributedSampler itself
-    repeats samples to make the shares equal, which changes the mean."""
+    """This rank's share of a validation set, every sample once over all ranks. DistributedSampler
+    itself repeats samples to make the shares equal, which changes the mean."""
 
     def __len__(self) -> int:
         return len(range(self.rank, len(self.dataset), self.num_replicas))
@@ -55,15 +63,24 @@ class ShareSampler(DistributedSampler):
 
 
 class LLMDataModule(LightningDataModule):
-    """Shards of fineweb.py, or raw text: give data_dir or text. Checkpoints remember how far it was read."""
+    """Shards of fineweb.py, or raw text: give data_dir or text. Checkpoints remember how far it was
+    read."""
 
     def __init__(
-        self, data_dir: str | None = None, *, text: Sequence[str] = (), text_column: str = "text",
-        batch_size: int = 8, block_size: int = 1024, accumulation_steps: int = 1, eval_batches: int = 200,
-        shuffle: bool = True, seed: int = 1337,
-    ):  # fmt: skip
-        """accumulation_steps: the Trainer's accumulate_grad_batches. eval_batches: of batch_size windows, at
-        most. Raises AdapterError, ShardError when fit() begins."""
+        self,
+        data_dir: str | None = None,
+        *,
+        text: Sequence[str] = (),
+        text_column: str = "text",
+        batch_size: int = 8,
+        block_size: int = 1024,
+        accumulation_steps: int = 1,
+        eval_batches: int = 200,
+        shuffle: bool = True,
+        seed: int = 1337,
+    ):
+        """accumulation_steps: the Trainer's accumulate_grad_batches. eval_batches: of batch_size
+        windows, at most. Raises AdapterError, ShardError when fit() begins."""
         super().__init__()
         if bool(data_dir) == bool(text):
             raise common.AdapterError("give shards or text, one of them")
@@ -78,7 +95,9 @@ class LLMDataModule(LightningDataModule):
             self.val = windows(split="val", length=h.eval_batches * h.batch_size)
             return
         tokenizer = build_tokenizer(h.block_size + 1)
-        chunks = common.text_chunks(common.load_text(h.text, h.text_column), tokenizer, h.block_size + 1)
+        chunks = common.text_chunks(
+            common.load_text(h.text, h.text_column), tokenizer, h.block_size + 1
+        )
         train, val = (common.ChunkWindows(part, h.seed) for part in common.split_chunks(chunks))
         self.train = common.Windows(train, train.order if h.shuffle else train.in_order, len(train))
         self.val = common.Windows(val, val.in_order, min(len(val), h.eval_batches * h.batch_size))
@@ -86,9 +105,13 @@ class LLMDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         h = self.hparams
         sampler = PositionSampler(
-            self.train, batch_size=h.batch_size, accumulation_steps=h.accumulation_steps,
-            rank=self.trainer.global_rank, world_size=self.trainer.world_size, start=self.batches_done,
-        )  # fmt: skip
+            self.train,
+            batch_size=h.batch_size,
+            accumulation_steps=h.accumulation_steps,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            start=self.batches_done,
+        )
         return DataLoader(self.train, batch_size=h.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -102,4 +125,6 @@ class LLMDataModule(LightningDataModule):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.batches_done = state["batches_done"]
-        warnings.filterwarnings("ignore", ".*your dataloader is not resumable")  # it begins further on
+        warnings.filterwarnings(
+            "ignore", ".*your dataloader is not resumable"
+        )  # it begins further on

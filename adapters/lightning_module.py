@@ -1,14 +1,15 @@
 """Train GPT-2, or any causal language model of transformers, with Lightning.
 
     $ python -m adapters.lightning_module --data_dir data/input --max_iters 2000 --warmup_iters 100
-    $ python -m adapters.lightning_module --text input.txt --model my-gpt2 --max_iters 500 --warmup_iters 20
+    $ python -m adapters.lightning_module --text input.txt --model my-gpt2 --max_iters 500
+    --warmup_iters 20
 
-    module = BabyGPT(GPT(GPTConfig()), learning_rate=6e-4)           # or BabyGPT("gpt2"), or a folder
-    data = LLMDataModule("data/input", batch_size=8, block_size=1024, accumulation_steps=5)
+    module = BabyGPT(GPT(GPTConfig()), learning_rate=6e-4)           # or BabyGPT("gpt2"), or a
+    folder data = LLMDataModule("data/input", batch_size=8, block_size=1024, accumulation_steps=5)
     Trainer(max_steps=2000, max_epochs=-1, accumulate_grad_batches=5).fit(module, data)
 
-On shards and with train_gpt2.py's flags the losses are train_gpt2.py's. In --out_dir: best.ckpt (of the
-lowest val_loss), last.ckpt, from which the same command continues, metrics.jsonl for
+On shards and with train_gpt2.py's flags the losses are train_gpt2.py's. In --out_dir: best.ckpt (of
+the lowest val_loss), last.ckpt, from which the same command continues, metrics.jsonl for
 `python -m pretrain.report`, and export, the best model for transformers and `hellaswag.py --model`.
 """
 
@@ -28,10 +29,10 @@ from adapters import common, huggingface
 from adapters.hf_tokenizer import build_tokenizer
 from model import GPT
 from pretrain.distributed import pick_dtype
-from pretrain.optim import parameter_groups
-from pretrain.runlog import RunLog
-from pretrain.schedule import learning_rate as rate_at
-from pretrain.tokenizer import VOCAB_SIZE
+from pretrain.report.runlog import RunLog
+from pretrain.tokens.tokenizer import VOCAB_SIZE
+from pretrain.train.optim import parameter_groups
+from pretrain.train.schedule import learning_rate as rate_at
 
 common.require_for(__name__, "lightning", "transformers", "datasets")
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402  (after the check that it is there)
@@ -48,17 +49,26 @@ PRECISION = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float
 
 
 class BabyGPT(LightningModule):
-    """A causal language model, AdamW that decays matrices only, and a cosine over the steps there really are.
+    """A causal language model, AdamW that decays matrices only, and a cosine over the steps there
+    really are.
 
-    model: a GPT, or what AutoModelForCausalLM.from_pretrained takes (a name of the hub, a local folder).
-    decay_steps: updates of warmup and cosine together; None for as many as the Trainer will make.
+    model: a GPT, or what AutoModelForCausalLM.from_pretrained takes (a name of the hub, a local
+    folder). decay_steps: updates of warmup and cosine together; None for as many as the Trainer
+    will make.
     """
 
     def __init__(
-        self, model: GPT | nn.Module | str, *, learning_rate: float = 6e-4, min_lr: float | None = None,
-        warmup_steps: int = 0, decay_steps: int | None = None, weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.95), gradient_checkpointing: bool = False,
-    ):  # fmt: skip
+        self,
+        model: GPT | nn.Module | str,
+        *,
+        learning_rate: float = 6e-4,
+        min_lr: float | None = None,
+        warmup_steps: int = 0,
+        decay_steps: int | None = None,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        gradient_checkpointing: bool = False,
+    ):
         super().__init__()
         self.save_hyperparameters(ignore=["model"])
         if isinstance(model, str):
@@ -101,8 +111,9 @@ class BabyGPT(LightningModule):
             self.val_loss.update(self(**batch), batch["labels"].numel())
 
     def on_validation_epoch_end(self) -> None:
-        """Log val_loss and val_perplexity: of the mean over all tokens of all processes. What self.log() does
-        with a loss in validation_step is right on one process; with several it divides by rounded counts."""
+        """Log val_loss and val_perplexity: of the mean over all tokens of all processes. What
+        self.log() does with a loss in validation_step is right on one process; with several it
+        divides by rounded counts."""
         loss = self.val_loss.compute()
         self.val_loss.reset()
         self.log("val_loss", loss, prog_bar=True, sync_dist=True)
@@ -110,21 +121,27 @@ class BabyGPT(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         h = self.hparams
-        # Not fused: with mixed precision Lightning refuses to clip the gradients of a fused optimizer.
+        # Not fused: with mixed precision Lightning refuses to clip the gradients of a fused
+        # optimizer.
         groups = parameter_groups(self.model, h.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=h.learning_rate, betas=h.betas)
         rate = partial(
-            rate_at, max_lr=1.0, min_lr=(0.1 if h.min_lr is None else h.min_lr / h.learning_rate),
+            rate_at,
+            max_lr=1.0,
+            min_lr=(0.1 if h.min_lr is None else h.min_lr / h.learning_rate),
             warmup_iters=h.warmup_steps,
             lr_decay_iters=h.decay_steps or self.trainer.estimated_stepping_batches,
-        )  # fmt: skip
-        schedule = {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}  # the default is "epoch"
+        )
+        schedule = {
+            "scheduler": LambdaLR(optimizer, rate),
+            "interval": "step",
+        }  # the default is "epoch"
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
 class SaveAtEnd(Callback):
-    """A checkpoint of the last update, from which a longer run can go on. It is saved while fit() runs: one
-    saved afterwards would count the update twice when it is resumed."""
+    """A checkpoint of the last update, from which a longer run can go on. It is saved while fit()
+    runs: one saved afterwards would count the update twice when it is resumed."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -135,7 +152,8 @@ class SaveAtEnd(Callback):
 
 
 class RunLogger(Logger):
-    """Metrics as lines of the metrics.jsonl that train_gpt2.py writes, appended when a run is resumed."""
+    """Metrics as lines of the metrics.jsonl that train_gpt2.py writes, appended when a run is
+    resumed."""
 
     name = version = ""
 
@@ -149,27 +167,40 @@ class RunLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         step = step + 1  # Lightning counts updates from 0
-        common.log_metrics(self.log, step, step * self.tokens_per_step, {
-            "loss": metrics.get("train_loss"), "learning_rate": metrics.get("learning_rate"),
-            "val_loss": metrics.get("val_loss"),
-        })  # fmt: skip
+        common.log_metrics(
+            self.log,
+            step,
+            step * self.tokens_per_step,
+            {
+                "loss": metrics.get("train_loss"),
+                "learning_rate": metrics.get("learning_rate"),
+                "val_loss": metrics.get("val_loss"),
+            },
+        )
 
 
 def build_module(args: argparse.Namespace, given: set[str]) -> tuple[BabyGPT, int]:
-    """The module, and the length of the windows to train it on. Raises AdapterError, CheckpointError."""
+    """The module, and the length of the windows to train it on. Raises AdapterError,
+    CheckpointError."""
     if args.model:
         torch.manual_seed(args.seed)
         model, block_size = args.model, args.block_size
     else:
         model, block_size = common.build_model(args, given)
     module = BabyGPT(
-        model, learning_rate=args.learning_rate, min_lr=args.min_lr, warmup_steps=args.warmup_iters,
+        model,
+        learning_rate=args.learning_rate,
+        min_lr=args.min_lr,
+        warmup_steps=args.warmup_iters,
         decay_steps=args.lr_decay_iters,
-        weight_decay=args.weight_decay, betas=(args.beta1, args.beta2),
+        weight_decay=args.weight_decay,
+        betas=(args.beta1, args.beta2),
         gradient_checkpointing=args.gradient_checkpointing,
-    )  # fmt: skip
+    )
     config = module.model.config
-    if args.model and (config.vocab_size < VOCAB_SIZE or config.max_position_embeddings < block_size):
+    if args.model and (
+        config.vocab_size < VOCAB_SIZE or config.max_position_embeddings < block_size
+    ):
         raise common.AdapterError(
             f"{args.model} has {config.vocab_size} tokens and {config.max_position_embeddings} positions;"
             f" needed are GPT-2's {VOCAB_SIZE} tokens and --block_size {block_size}"
@@ -193,13 +224,26 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
     accumulation, interval = args.gradient_accumulation_steps, args.eval_interval or args.max_iters
     module, block_size = build_module(args, given)
     data = LLMDataModule(
-        None if args.text else args.data_dir, text=args.text or (), text_column=args.text_column,
-        batch_size=args.batch_size, block_size=block_size, accumulation_steps=accumulation,
-        eval_batches=args.eval_iters, shuffle=args.shuffle, seed=args.seed,
-    )  # fmt: skip
+        None if args.text else args.data_dir,
+        text=args.text or (),
+        text_column=args.text_column,
+        batch_size=args.batch_size,
+        block_size=block_size,
+        accumulation_steps=accumulation,
+        eval_batches=args.eval_iters,
+        shuffle=args.shuffle,
+        seed=args.seed,
+    )
     log = RunLog(out_dir, enabled=rank_zero_only.rank == 0)
-    best = ModelCheckpoint(out_dir, "best", monitor="val_loss", mode="min", save_top_k=1, save_last=True,
-                           enable_version_counter=False)  # fmt: skip
+    best = ModelCheckpoint(
+        out_dir,
+        "best",
+        monitor="val_loss",
+        mode="min",
+        save_top_k=1,
+        save_last=True,
+        enable_version_counter=False,
+    )
     trainer = Trainer(
         accelerator="cpu" if device.type == "cpu" else "auto",
         precision=PRECISION[pick_dtype(args.dtype, device)],
@@ -218,7 +262,9 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
     )
-    trainer.logger.tokens_per_step = accumulation * args.batch_size * block_size * trainer.world_size
+    trainer.logger.tokens_per_step = (
+        accumulation * args.batch_size * block_size * trainer.world_size
+    )
     if trainer.is_global_zero:
         out_dir.mkdir(parents=True, exist_ok=True)
     log.write("start", resumed_from=last if last.exists() else None, flags=vars(args))

@@ -1,4 +1,5 @@
-"""What is known of how a model was trained, as a record beside its weights and as a model card for the hub.
+"""What is known of how a model was trained, as a record beside its weights and as a model card for
+the hub.
 
 Paths of this machine stay here: of the flags, the record keeps numbers, switches and plain words.
 """
@@ -10,24 +11,48 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from pretrain.report.runs import Run, RunError, hellaswag_results
-from pretrain.shards import Manifest, ShardError
+from pretrain.tokens.shards import Manifest, ShardError
 
 if TYPE_CHECKING:
     from model import GPT
 
 RECORD = "training.json"
 EVALUATION = ("step", "tokens", "train_loss", "val_loss", "perplexity", "accuracy")
-SETUP = ("tokens_per_step", "processes", "device", "dtype", "compiled", "versions.python", "versions.torch")
+SETUP = (
+    "tokens_per_step",
+    "processes",
+    "device",
+    "dtype",
+    "compiled",
+    "versions.python",
+    "versions.torch",
+)
 SOURCE = ("dataset", "config", "split", "commit")
 SHOWN_EVALUATIONS = 8
-# Flags that are left out: the model's sizes, which config.json has, and what does not bear on the weights.
-LEFT_OUT = ("n_layer", "n_head", "n_embd", "block_size", "total_batch_tokens", "device", "dtype", "compile",
-            "init_from", "resume", "eval_only", "log_interval", "keep_checkpoints", "checkpoint_interval",
-            "checkpoint_minutes")  # fmt: skip
+# Flags that are left out: the model's sizes, which config.json has, and what does not bear on the
+# weights.
+LEFT_OUT = (
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "block_size",
+    "total_batch_tokens",
+    "device",
+    "dtype",
+    "compile",
+    "init_from",
+    "resume",
+    "eval_only",
+    "log_interval",
+    "keep_checkpoints",
+    "checkpoint_interval",
+    "checkpoint_minutes",
+)
 
 
 def training_record(model: "GPT", checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What the checkpoint at `path`, the log beside it and the manifest of its shards tell, ready for JSON.
+    """What the checkpoint at `path`, the log beside it and the manifest of its shards tell, ready
+    for JSON.
 
     Log and manifest are optional; evaluations after the checkpoint's step are left out.
     """
@@ -64,11 +89,16 @@ def _only(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, int | floa
 
 
 def _is_plain(key: str, value: Any) -> bool:
-    """A number, a switch or a word that bears on the weights, and tells nothing of this machine's folders."""
+    """A number, a switch or a word that bears on the weights, and tells nothing of this machine's
+    folders."""
     if key in LEFT_OUT:
         return False
     if isinstance(value, str):
-        return bool(value) and not set(value) & set("/\\") and not key.endswith(("_dir", "_data", "_file"))
+        return (
+            bool(value)
+            and not set(value) & set("/\\")
+            and not key.endswith(("_dir", "_data", "_file"))
+        )
     return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
@@ -83,7 +113,12 @@ def _data(folder: str | None) -> dict[str, Any] | None:
     source = {key: manifest.source[key] for key in SOURCE if key in manifest.source}
     if not source:
         source = {"files": [Path(file["path"]).name for file in manifest.source.get("files", [])]}
-    return {"name": manifest.name, **source, "tokens": manifest.tokens, "documents": manifest.documents}
+    return {
+        "name": manifest.name,
+        **source,
+        "tokens": manifest.tokens,
+        "documents": manifest.documents,
+    }
 
 
 def model_card(folder: Path, repo_id: str) -> str:
@@ -102,7 +137,9 @@ def model_card(folder: Path, repo_id: str) -> str:
         parts.append(f"## Data\n\n{_table(['', ''], _data_rows(data))}")
     if record.get("evaluations") or record.get("hellaswag"):
         parts.append(f"## Evaluation\n\n{_evaluation(record)}")
-    parts.append(f"## Configuration\n\n{_table(['setting', 'value'], _configuration_rows(config, record))}")
+    parts.append(
+        f"## Configuration\n\n{_table(['setting', 'value'], _configuration_rows(config, record))}"
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -135,7 +172,11 @@ def _metadata(record: dict[str, Any], repo_id: str) -> str:
 
 
 def _summary(config: dict[str, Any], record: dict[str, Any]) -> str:
-    size = f" with {record['parameters'] / 1e6:,.1f} million parameters" if "parameters" in record else ""
+    size = (
+        f" with {record['parameters'] / 1e6:,.1f} million parameters"
+        if "parameters" in record
+        else ""
+    )
     sizes = f"{config['n_layer']} layers, {config['n_head']} heads, width {config['n_embd']}"
     text = [
         f"A language model of the GPT-2 architecture{size}: {sizes}, context {config['n_positions']},"
@@ -143,12 +184,20 @@ def _summary(config: dict[str, Any], record: dict[str, Any]) -> str:
     ]
     if record.get("tokens") and "step" in record:
         reached = (
-            f" and reached a validation loss of {record['val_loss']:.4f}" if "val_loss" in record else ""
+            f" and reached a validation loss of {record['val_loss']:.4f}"
+            if "val_loss" in record
+            else ""
         )
-        text.append(f"It was trained on {record['tokens']:,} tokens in {record['step']:,} steps{reached}.")
+        text.append(
+            f"It was trained on {record['tokens']:,} tokens in {record['step']:,} steps{reached}."
+        )
         if not record.get("from_scratch", True):
-            text.append("Training did not begin from scratch but with the weights of another model.")
-    text.append("It continues texts; it was not tuned to follow instructions, and can be wrong or offensive.")
+            text.append(
+                "Training did not begin from scratch but with the weights of another model."
+            )
+    text.append(
+        "It continues texts; it was not tuned to follow instructions, and can be wrong or offensive."
+    )
     return " ".join(text)
 
 
@@ -192,7 +241,9 @@ def _evaluation(record: dict[str, Any]) -> str:
 
 
 def _configuration_rows(config: dict[str, Any], record: dict[str, Any]) -> list[tuple[str, str]]:
-    sizes = {key: config[key] for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
+    sizes = {
+        key: config[key] for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    }
     settings = {**record.get("flags", {}), **record.get("setup", {})}
     return [(f"`{key}`", str(value)) for key, value in {**sizes, **settings}.items()]
 
@@ -207,4 +258,6 @@ def _cells(row: dict[str, int | float], columns: Sequence[str]) -> list[str]:
 
 def _table(header: list[str], rows: list) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )

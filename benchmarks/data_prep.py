@@ -1,18 +1,21 @@
 """How fast fineweb.py is: whole processes, start-up included, beside two others in the same run.
 
-baseline  the straightforward pipeline: one document at a time from parquet, tiktoken in a pool of processes
-ceiling   read the same column of the same file and encode it with gigatoken's own threads, nothing else
+baseline  the straightforward pipeline: one document at a time from parquet, tiktoken in a pool of
+processes
+ceiling   read the same column of the same file and encode it with gigatoken's own threads, nothing
+else
 
     $ python benchmarks/data_prep.py
-    corpus: 21,980 documents, 200 MB of text, from the sources and documentation of Python and its packages
-    tokens: 93,583,130, the same from both, SHA-256 41e1cdfe7bc6a5fa...
+    corpus: 21,980 documents, 200 MB of text, from the sources and documentation of Python and its
+    packages tokens: 93,583,130, the same from both, SHA-256 41e1cdfe7bc6a5fa...
     baseline    16.24 s,   5.8 M tokens/s,  29.90 s of CPU, 1.10 GB at most
     fineweb.py   1.64 s,  57.2 M tokens/s,   2.41 s of CPU, 0.67 GB at most
     ceiling      1.90 s,  49.3 M tokens/s,   2.59 s of CPU, 0.80 GB at most
     fineweb.py: 9.8 times the baseline (aim: 8.0), 1.17 of the ceiling (aim: 0.6)
 
-The corpus is made of what any machine with Python has, in the columns of FineWeb. The tokens of fineweb.py
-and the baseline are compared first. Each ratio is the median over rounds in which all three run in turn.
+The corpus is made of what any machine with Python has, in the columns of FineWeb. The tokens of
+fineweb.py and the baseline are compared first. Each ratio is the median over rounds in which all
+three run in turn.
 """
 
 import argparse
@@ -44,7 +47,8 @@ MIN_SPEEDUP, MIN_SHARE, MAX_GB = 8.0, 0.6, 2.0
 
 
 def find_texts() -> Iterator[str]:
-    """Distinct texts of at least 200 characters from the standard library and all installed packages."""
+    """Distinct texts of at least 200 characters from the standard library and all installed
+    packages."""
     seen = set()
     folders = dict.fromkeys(
         sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
@@ -71,7 +75,7 @@ def make_corpus(path: Path, megabytes: int) -> tuple[int, int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pretrain.tokenizer import Tokenizer
+    from pretrain.tokens.tokenizer import Tokenizer
 
     texts, size = [], 0
     for text in find_texts():
@@ -101,14 +105,15 @@ def make_corpus(path: Path, megabytes: int) -> tuple[int, int]:
 def encode_document(text: str):
     import numpy as np
 
-    from pretrain.tokenizer import load_encoding
+    from pretrain.tokens.tokenizer import load_encoding
 
     encoding = load_encoding()
     return np.array([encoding.eot_token, *encoding.encode_ordinary(text)], np.uint16)
 
 
 def run_baseline(corpus: Path, out: Path, processes: int) -> None:
-    """What a tutorial would write: rows from an iterator, a pool, an array that is saved when it is full."""
+    """What a tutorial would write: rows from an iterator, a pool, an array that is saved when it is
+    full."""
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -131,7 +136,8 @@ def run_baseline(corpus: Path, out: Path, processes: int) -> None:
 
 
 def run_ceiling(corpus: Path, ranks: Path) -> None:
-    """Read and encode, nothing else: no end-of-text, no check, no files. `ranks`: gigatoken's own format."""
+    """Read and encode, nothing else: no end-of-text, no check, no files. `ranks`: gigatoken's own
+    format."""
     import awkward as ak
     import gigatoken
     import numpy as np
@@ -142,9 +148,13 @@ def run_ceiling(corpus: Path, ranks: Path) -> None:
     strings, characters = {"__array__": "string"}, {"__array__": "char"}
     for batch in parquet.iter_batches(4 * ROWS, columns=["text"]):
         _, offsets, data = batch.column(0).buffers()
-        starts = ak.index.Index64(np.frombuffer(offsets, np.int32)[: len(batch) + 1].astype(np.int64))
+        starts = ak.index.Index64(
+            np.frombuffer(offsets, np.int32)[: len(batch) + 1].astype(np.int64)
+        )
         content = ak.contents.NumpyArray(np.frombuffer(data, np.uint8), parameters=characters)
-        tokenizer.encode_batch(ak.Array(ak.contents.ListOffsetArray(starts, content, parameters=strings)))
+        tokenizer.encode_batch(
+            ak.Array(ak.contents.ListOffsetArray(starts, content, parameters=strings))
+        )
 
 
 # ---- measuring
@@ -158,7 +168,9 @@ class Result:
     files: list[Path]  # of tokens, in order
 
 
-def run(role: str, corpus: Path, scratch: Path, processes: int, *, watch_memory: bool = False) -> Result:
+def run(
+    role: str, corpus: Path, scratch: Path, processes: int, *, watch_memory: bool = False
+) -> Result:
     """Run one of the three as a process; watching its memory takes time from it."""
     folder = Path(tempfile.mkdtemp(dir=scratch))
     command = [sys.executable, __file__, "--role", role, str(corpus), str(folder), str(processes)]
@@ -195,7 +207,8 @@ def family(pid: int) -> list[int]:
 
 
 def proportional_bytes(pid: int) -> int:
-    """Memory of a process, what it shares with others counted by its share (PSS); 0 where /proc is not."""
+    """Memory of a process, what it shares with others counted by its share (PSS); 0 where /proc is
+    not."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -217,17 +230,21 @@ def digest_of(files: list[Path]) -> tuple[str, int]:
 
 def write_ranks(path: Path) -> None:
     """GPT-2's vocabulary as gigatoken reads it: not a part of what is measured."""
-    from pretrain.tokenizer import load_encoding
+    from pretrain.tokens.tokenizer import load_encoding
 
     encoding = load_encoding()
     tokens = (encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token))
-    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens)))
+    path.write_bytes(
+        b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
+    )
 
 
 def compare(corpus: Path, scratch: Path, processes: int, repeats: int) -> bool:
     """Print the table; returns whether the aims are reached."""
     peaks, tokens = {}, None
-    for role in ROLES:  # not timed: the files that Python and the system cache are read, the tokens compared
+    for role in (
+        ROLES
+    ):  # not timed: the files that Python and the system cache are read, the tokens compared
         result = run(role, corpus, scratch, processes, watch_memory=True)
         peaks[role] = result.peak_bytes / 1e9
         if result.files:
@@ -264,10 +281,15 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--megabytes", type=int, default=200, help="of text at most (default: %(default)s)")
+    parser.add_argument(
+        "--megabytes", type=int, default=200, help="of text at most (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default: %(default)s)")
     parser.add_argument(
-        "--processes", type=int, default=os.cpu_count(), help="of the baseline (default: one per core)"
+        "--processes",
+        type=int,
+        default=os.cpu_count(),
+        help="of the baseline (default: one per core)",
     )
     parser.add_argument(
         "--role", nargs=4, metavar=("ROLE", "CORPUS", "FOLDER", "PROCESSES"), help=argparse.SUPPRESS

@@ -5,7 +5,8 @@
       everything recomputed       ... tokens/s
       generate()                  ... tokens/s   ... x, the same tokens
 
-Both are greedy. The recomputing loop runs the model over all tokens so far, the output head at the last one.
+Both are greedy. The recomputing loop runs the model over all tokens so far, the output head at the
+last one.
 """
 
 import argparse
@@ -41,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     def recompute(tokens, count):
         for _ in range(count):
             hidden = model.hidden_states(tokens[:, -model.config.block_size :])
-            tokens = torch.cat((tokens, model.logits(hidden[:, -1]).argmax(-1, keepdim=True)), dim=1)
+            tokens = torch.cat(
+                (tokens, model.logits(hidden[:, -1]).argmax(-1, keepdim=True)), dim=1
+            )
         return tokens
 
     def timed(function, count):

@@ -1,7 +1,9 @@
 """How fast hellaswag.py scores, and whether it scores what the loop that people use scores.
 
-plain loop  one example at a time: four padded rows, all logits, F.cross_entropy; autocast in 16 bits
-evaluate    of hellaswag.py: a context once for its four endings, logits of endings only, batches by tokens
+plain loop  one example at a time: four padded rows, all logits, F.cross_entropy; autocast in 16
+bits
+evaluate    of hellaswag.py: a context once for its four endings, logits of endings only, batches by
+tokens
 
     $ python benchmarks/hellaswag_eval.py
     random GPT, 124.4M parameters, 64 of 10,042 examples, cpu, 2 threads
@@ -9,9 +11,10 @@ evaluate    of hellaswag.py: a context once for its four endings, logits of endi
               128 of 128 picks equal, largest difference 2.9e-02 of a summed loss, 1.2e-03 per token
     float32   ...
 
-They take turns, on the same examples, so that whatever else the machine does hits both; ratios are medians
-over the turns. In float32 losses must agree within 1e-4, and picks too unless the best two endings are closer
-than that; exit status 1 if not. All examples, compared with a model that was trained:
+They take turns, on the same examples, so that whatever else the machine does hits both; ratios are
+medians over the turns. In float32 losses must agree within 1e-4, and picks too unless the best two
+endings are closer than that; exit status 1 if not. All examples, compared with a model that was
+trained:
 
     $ python benchmarks/hellaswag_eval.py --examples 0 --checkpoint checkpoints/best_val_loss.pt
 
@@ -38,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hellaswag import Example, Result, ensure_data, evaluate, load_examples
 from model import GPT, GPTConfig, load_checkpoint
 from pretrain.distributed import pick_device, synchronize
-from pretrain.tokenizer import load_encoding
+from pretrain.tokens.tokenizer import load_encoding
 
 TOLERANCE = 1e-4  # nats, in float32
 
@@ -68,7 +71,9 @@ class Case:
 
 
 @torch.no_grad()
-def plain_loop(model: GPT, examples: Sequence[Example], case: Case) -> tuple[np.ndarray, np.ndarray]:
+def plain_loop(
+    model: GPT, examples: Sequence[Example], case: Case
+) -> tuple[np.ndarray, np.ndarray]:
     """Losses, summed and per token, float64 (n, 4)."""
     encoding, device, dtype = load_encoding(), case.device, case.dtype
     sums, means = [], []
@@ -84,7 +89,9 @@ def plain_loop(model: GPT, examples: Sequence[Example], case: Case) -> tuple[np.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits, _ = model(tokens)
             losses = F.cross_entropy(
-                logits[:, :-1].reshape(-1, logits.size(-1)), tokens[:, 1:].reshape(-1), reduction="none"
+                logits[:, :-1].reshape(-1, logits.size(-1)),
+                tokens[:, 1:].reshape(-1),
+                reduction="none",
             )
         losses = (losses.view(4, -1) * mask[:, 1:]).cpu().double().sum(dim=1).numpy()
         sums.append(losses)
@@ -103,7 +110,9 @@ def compare(case: Case, model: GPT, compiled: GPT | None) -> bool:
         dt = case.seconds(lambda part=part: plain.append(plain_loop(model, part, case)))
         rates["plain loop"].append(len(part) / dt)
         for name, candidate in models.items():
-            dt = case.seconds(lambda m=candidate: results.append(evaluate(m, examples, dtype=case.dtype)))
+            dt = case.seconds(
+                lambda m=candidate: results.append(evaluate(m, examples, dtype=case.dtype))
+            )
             rates[name].append(len(examples) / dt)
     baseline = rates["plain loop"]
     name = str(case.dtype).removeprefix("torch.")
@@ -125,15 +134,23 @@ def agree(result: Result, sums: np.ndarray, means: np.ndarray, dtype: torch.dtyp
         best, second = np.sort(plain, axis=1)[:, :2].T
         same += equal.sum()
         ties += (~equal & (second - best < TOLERANCE)).sum()
-    total, per_token = (np.abs(a - b).max() for a, b in ((result.losses, sums), (result.losses_norm, means)))
+    total, per_token = (
+        np.abs(a - b).max() for a, b in ((result.losses, sums), (result.losses_norm, means))
+    )
     excused = f" ({ties} of the others are ties)" if ties else ""
-    print(f"          {same} of {2 * len(sums)} picks equal{excused}, largest difference {total:.1e} of a"
-          f" summed loss, {per_token:.1e} per token", flush=True)  # fmt: skip
-    return dtype != torch.float32 or (max(total, per_token) < TOLERANCE and same + ties == 2 * len(sums))
+    print(
+        f"          {same} of {2 * len(sums)} picks equal{excused}, largest difference {total:.1e} of a"
+        f" summed loss, {per_token:.1e} per token",
+        flush=True,
+    )
+    return dtype != torch.float32 or (
+        max(total, per_token) < TOLERANCE and same + ties == 2 * len(sums)
+    )
 
 
 def compare_ranks(rank: int, folder: str, case: Case) -> None:
-    """In each of two processes: both score with one thread, and the first alone with two, in turns."""
+    """In each of two processes: both score with one thread, and the first alone with two, in
+    turns."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = case.model()
 
@@ -151,7 +168,9 @@ def compare_ranks(rank: int, folder: str, case: Case) -> None:
     times = statistics.median(timed(1) / timed(2) for _ in range(case.rounds))
     if rank == 0:
         name = str(case.dtype).removeprefix("torch.")
-        print(f"{name:9} two ranks of one thread are {times:.2f} times as fast as one process of two threads")
+        print(
+            f"{name:9} two ranks of one thread are {times:.2f} times as fast as one process of two threads"
+        )
     dist.destroy_process_group()
 
 
@@ -175,12 +194,18 @@ def main(argv: list[str] | None = None) -> int:
     data = args.data or ensure_data(progress=True)
     examples, total = load_examples(data, args.examples), len(load_examples(data))
     device = torch.device("cpu") if args.ranks else pick_device(args.device)
-    cases = [Case(examples, args.checkpoint, device, getattr(torch, dtype), args.rounds, args.compile)
-             for dtype in args.dtypes]  # fmt: skip
+    cases = [
+        Case(examples, args.checkpoint, device, getattr(torch, dtype), args.rounds, args.compile)
+        for dtype in args.dtypes
+    ]
     model = cases[0].model()
-    print(f"{args.checkpoint or 'random GPT'}, {model.num_parameters() / 1e6:.1f}M parameters,"
-          f" {len(examples):,} of {total:,} examples, {device}"
-          + f", {args.threads} threads" * (device.type == "cpu"), flush=True)  # fmt: skip
+    print(
+        f"{args.checkpoint or 'random GPT'}, {model.num_parameters() / 1e6:.1f}M parameters,"
+        f" {len(examples):,} of {total:,} examples, {device}"
+        + f", {args.threads} threads"
+        * (device.type == "cpu"),
+        flush=True,
+    )
     if args.ranks:
         for case in cases:
             with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """hellaswag.py --style lm-eval beside EleutherAI's lm-evaluation-harness, example by example.
 
-The harness needs an environment of its own, so that its versions of other packages leave this one alone:
+The harness needs an environment of its own, so that its versions of other packages leave this one
+alone:
 
     $ python -m venv lm_eval_env && lm_eval_env/bin/pip install 'lm_eval[hf]'
     $ python benchmarks/hellaswag_lm_eval.py --harness lm_eval_env/bin/python
@@ -10,9 +11,10 @@ The harness needs an environment of its own, so that its versions of other packa
     summed log-likelihoods differ by at most 8.9e-05 nats
     equal
 
-A model (random with large weights, or --checkpoint) is exported to a Hugging Face folder. The harness runs
-its own task hellaswag on it, with a local file in the place of the data set. The network is used to download
-that file at most, if --data names none. Exit status 1 if any pick or accuracy differs.
+A model (random with large weights, or --checkpoint) is exported to a Hugging Face folder. The
+harness runs its own task hellaswag on it, with a local file in the place of the data set. The
+network is used to download that file at most, if --data names none. Exit status 1 if any pick or
+accuracy differs.
 """
 
 import argparse
@@ -41,8 +43,8 @@ training_split: null
 
 
 def write_examples(source: Path, limit: int, path: Path) -> None:
-    """`limit` examples of the source and the bundled ones, all with ctx_a and ctx_b, which the harness needs.
-    Where the source has only the whole context, its last sentence is ctx_b."""
+    """`limit` examples of the source and the bundled ones, all with ctx_a and ctx_b, which the
+    harness needs. Where the source has only the whole context, its last sentence is ctx_b."""
     from hellaswag import load_examples
 
     with open(path, "w", encoding="utf-8") as file:
@@ -70,7 +72,9 @@ def random_checkpoint(path: Path) -> None:
 
 def run_harness(python: str, folder: Path, data: Path, work: Path) -> tuple[str, dict, list[dict]]:
     """Its version, its accuracies, and its samples in the order of the file."""
-    import_it = "import lm_eval, importlib.metadata as m; print(m.version('lm_eval'), lm_eval.__path__[0])"
+    import_it = (
+        "import lm_eval, importlib.metadata as m; print(m.version('lm_eval'), lm_eval.__path__[0])"
+    )
     version, package = subprocess.run(
         [python, "-c", import_it], capture_output=True, text=True, check=True
     ).stdout.split(maxsplit=1)
@@ -80,12 +84,29 @@ def run_harness(python: str, folder: Path, data: Path, work: Path) -> tuple[str,
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
     subprocess.run(
         [
-            python, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32",
-            "--tasks", "hellaswag_here", "--include_path", work / "tasks", "--device", "cpu",
-            "--batch_size", "16", "--output_path", work / "out", "--log_samples",
+            python,
+            "-m",
+            "lm_eval",
+            "--model",
+            "hf",
+            "--model_args",
+            f"pretrained={folder},dtype=float32",
+            "--tasks",
+            "hellaswag_here",
+            "--include_path",
+            work / "tasks",
+            "--device",
+            "cpu",
+            "--batch_size",
+            "16",
+            "--output_path",
+            work / "out",
+            "--log_samples",
         ],
-        env={**os.environ, **offline, "HF_HOME": str(work / "cache")}, check=True, cwd=work,
-    )  # fmt: skip
+        env={**os.environ, **offline, "HF_HOME": str(work / "cache")},
+        check=True,
+        cwd=work,
+    )
     (results,) = (work / "out").rglob("results_*.json")
     (samples,) = (work / "out").rglob("samples_*.jsonl")
     accuracies = json.loads(results.read_text())["results"]["hellaswag_here"]
@@ -97,10 +118,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--harness", default=sys.executable, metavar="PYTHON",
-                        help="interpreter of the environment with lm_eval (default: this one)")  # fmt: skip
-    parser.add_argument("--checkpoint", type=Path, help="model to compare with (default: a small random one)")
-    parser.add_argument("--data", type=Path, help="file of examples (default: val, downloaded if need be)")
+    parser.add_argument(
+        "--harness",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="interpreter of the environment with lm_eval (default: this one)",
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, help="model to compare with (default: a small random one)"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="file of examples (default: val, downloaded if need be)"
+    )
     parser.add_argument("--limit", type=int, default=200, help="examples of it (default: 200)")
     args = parser.parse_args(argv)
 
@@ -115,7 +144,9 @@ def main(argv: list[str] | None = None) -> int:
             random_checkpoint(checkpoint)
         export = [sys.executable, "-m", "adapters.huggingface", "export", checkpoint.resolve()]
         subprocess.run([*export, work / "model"], cwd=ROOT, check=True)
-        version, theirs, samples = run_harness(args.harness, work / "model", work / "examples.jsonl", work)
+        version, theirs, samples = run_harness(
+            args.harness, work / "model", work / "examples.jsonl", work
+        )
         model, _ = load_checkpoint(checkpoint)
         ours = evaluate(model, load_examples(work / "examples.jsonl"), style="lm-eval")
 
@@ -125,8 +156,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{key:9} {getattr(ours, key):.4f} and {theirs[f'{key},none']:.4f}")
         hits = np.array([sample[key] for sample in samples])
         picks = ours.picks if key == "acc" else ours.picks_norm
-        equal &= getattr(ours, key) == theirs[f"{key},none"] and bool(((picks == ours.labels) == hits).all())
-    sums = np.array([[float(response[0]) for response in sample["filtered_resps"]] for sample in samples])
+        equal &= getattr(ours, key) == theirs[f"{key},none"] and bool(
+            ((picks == ours.labels) == hits).all()
+        )
+    sums = np.array(
+        [[float(response[0]) for response in sample["filtered_resps"]] for sample in samples]
+    )
     print(f"summed log-likelihoods differ by at most {np.abs(sums + ours.losses).max():.1e} nats")
     print("equal" if equal else "NOT EQUAL")
     return 0 if equal else 1

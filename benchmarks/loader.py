@@ -3,11 +3,12 @@
     $ python benchmarks/loader.py
     shuffled      2.10 GB/s of tokens ...
 
-Counts the bytes of tokens as the shards hold them (2 per token) that arrive as int64 batches, ready for the
-model: ten shards of 40 MB, read from page cache, at GPT-2's shape (8 sequences x 1,024 tokens x 5
-micro-steps). Beside it the loop that many training scripts use: a random offset per sequence, each sliced out
-of the memory map, converted to int64 and stacked, twice. A shard boundary must not be felt: in file order,
-the slowest step within ten of a boundary is compared with the slowest of the others.
+Counts the bytes of tokens as the shards hold them (2 per token) that arrive as int64 batches, ready
+for the model: ten shards of 40 MB, read from page cache, at GPT-2's shape (8 sequences x 1,024
+tokens x 5 micro-steps). Beside it the loop that many training scripts use: a random offset per
+sequence, each sliced out of the memory map, converted to int64 and stacked, twice. A shard boundary
+must not be felt: in file order, the slowest step within ten of a boundary is compared with the
+slowest of the others.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pretrain.loader import ShardLoader
+from pretrain.train.loader import ShardLoader
 
 BATCH = {"batch_size": 8, "block_size": 1024, "accumulation_steps": 5}
 STEP_TOKENS = 8 * 1024 * 5
@@ -29,7 +30,9 @@ STEP_TOKENS = 8 * 1024 * 5
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each of the measurements (5)")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="for each of the measurements (5)"
+    )
     parser.add_argument("--shards", type=int, default=10, help="of 40 MB each (10)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -48,7 +51,9 @@ def write_shards(folder: Path, count: int, tokens: int) -> list[Path]:
     random = np.random.default_rng(0)
     paths = [folder / f"random_train_{index:06d}.npy" for index in range(1, count + 1)]
     for path in paths:
-        np.save(path, random.integers(0, 50257, tokens, dtype=np.uint16))  # leaves it in the page cache
+        np.save(
+            path, random.integers(0, 50257, tokens, dtype=np.uint16)
+        )  # leaves it in the page cache
     return paths
 
 
@@ -59,8 +64,12 @@ def plain_batches(paths: list[Path]):
     while True:
         for shard in shards:
             starts = random.integers(0, len(shard) - 1025, 40)
-            x = torch.stack([torch.from_numpy(shard[i : i + 1024].astype(np.int64)) for i in starts])
-            y = torch.stack([torch.from_numpy(shard[i + 1 : i + 1025].astype(np.int64)) for i in starts])
+            x = torch.stack(
+                [torch.from_numpy(shard[i : i + 1024].astype(np.int64)) for i in starts]
+            )
+            y = torch.stack(
+                [torch.from_numpy(shard[i + 1 : i + 1025].astype(np.int64)) for i in starts]
+            )
             yield x, y
 
 
@@ -73,7 +82,9 @@ def measure(name: str, batches, seconds: float) -> float:
         steps += 1
     rate = steps * STEP_TOKENS / dt
     per_step = f"{dt / steps * 1e6:6.0f} us/step"
-    print(f"{name:12s} {2 * rate / 1e9:5.2f} GB/s of tokens {rate / 1e6:7,.0f} M tokens/s {per_step}")
+    print(
+        f"{name:12s} {2 * rate / 1e9:5.2f} GB/s of tokens {rate / 1e6:7,.0f} M tokens/s {per_step}"
+    )
     return rate
 
 
@@ -89,7 +100,9 @@ def report_boundaries(paths: list[Path]) -> None:
         (near if first != last else far).append(dt)
     for name, seconds in (("steps near a shard boundary", near), ("all other steps", far)):
         median, slowest = np.median(seconds) * 1e6, max(seconds) * 1e6
-        print(f"{name:27s} {len(seconds):6,} steps, median {median:4.0f} us, slowest {slowest:5.0f} us")
+        print(
+            f"{name:27s} {len(seconds):6,} steps, median {median:4.0f} us, slowest {slowest:5.0f} us"
+        )
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@
       train_gpt2.py            ... tokens/s ... GB   ... x the speed (... to ...), ... x the memory
       train_gpt2.py --compile  ...
 
-The plain loop is what most scripts do: the same model under autocast, everything kept for the backward pass,
-F.cross_entropy on all logits, default AdamW, gradient clipping, no compilation. Ours is the update of
-train_gpt2.py: the model as it is with its loss, the optimizer of pretrain.optim and, on a CPU,
-pretrain.distributed.keep_freed_memory. Each variant is a process of its own; their steps alternate, so that
-whatever slows the machine slows all of them. Ratios are medians over pairs of neighbouring steps. Memory is
-the process's peak (on a GPU: what torch allocated). On a GPU it also prints MFU, of the dense bfloat16 peak;
---batch_size 32 or 64 fills a large one.
+The plain loop is what most scripts do: the same model under autocast, everything kept for the
+backward pass, F.cross_entropy on all logits, default AdamW, gradient clipping, no compilation. Ours
+is the update of train_gpt2.py: the model as it is with its loss, the optimizer of
+pretrain.train.optim and, on a CPU, pretrain.distributed.keep_freed_memory. Each variant is a
+process of its own; their steps alternate, so that whatever slows the machine slows all of them.
+Ratios are medians over pairs of neighbouring steps. Memory is the process's peak (on a GPU: what
+torch allocated). On a GPU it also prints MFU, of the dense bfloat16 peak; --batch_size 32 or 64
+fills a large one.
 """
 
 import argparse
@@ -40,8 +41,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--size", choices=list(SIZES), nargs="+", default=list(SIZES))
     parser.add_argument("--variant", choices=list(VARIANTS), nargs="+", default=list(VARIANTS))
-    parser.add_argument("--batch_size", type=int, help="sequences (default: 4 for 124M, 16 for small)")
-    parser.add_argument("--steps", type=int, help="timed steps of each (default: 5 for 124M, 30 for small)")
+    parser.add_argument(
+        "--batch_size", type=int, help="sequences (default: 4 for 124M, 16 for small)"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="timed steps of each (default: 5 for 124M, 30 for small)"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", nargs=2, metavar=("SIZE", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -69,7 +74,9 @@ def compare(size: str, variants: list[str], batch_size: int, steps: int, device:
         worker.wait()
     block_size = SIZES[size][0]["block_size"]
     about = ends[variants[0]]
-    print(f"{about['name']}, batch {batch_size} x {block_size}, {about['dtype']} on {about['device']}")
+    print(
+        f"{about['name']}, batch {batch_size} x {block_size}, {about['dtype']} on {about['device']}"
+    )
     speeds = {v: batch_size * block_size / statistics.median(seconds[v]) for v in variants}
     for variant in variants:
         memory, speed = ends[variant]["peak_bytes"], speeds[variant]
@@ -127,10 +134,13 @@ def work(size: str, variant: str, batch_size: int, device_name: str) -> None:
         print(json.dumps({"seconds": time.perf_counter() - t0, "loss": loss.item()}), flush=True)
     name = distributed.device_name(device)
     end = {
-        "name": f"GPT-2 {model.num_parameters() / 1e6:.0f}M", "device": name, "dtype": "bfloat16",
-        "peak_bytes": distributed.peak_memory(device), "flops_per_token": model.flops_per_token(),
+        "name": f"GPT-2 {model.num_parameters() / 1e6:.0f}M",
+        "device": name,
+        "dtype": "bfloat16",
+        "peak_bytes": distributed.peak_memory(device),
+        "flops_per_token": model.flops_per_token(),
         "peak_flops": distributed.peak_flops(name, torch.bfloat16),
-    }  # fmt: skip
+    }
     print(json.dumps(end), flush=True)
     sys.stdout.flush()
     os._exit(0)
@@ -141,14 +151,16 @@ def make_step(model, variant: str, device):
     import torch
     import torch.nn.functional as F
 
-    from pretrain.optim import make_optimizer
+    from pretrain.train.optim import make_optimizer
 
     autocast = torch.autocast(device.type, dtype=torch.bfloat16)
     if variant == "plain":
         for block in model.transformer.h:
             mlp = block.mlp
             mlp.forward = lambda x, mlp=mlp: mlp.project(mlp.c_fc(x))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1
+        )
 
         def forward(x, y):
             logits = F.linear(model.hidden_states(x), model.transformer.wte.weight)

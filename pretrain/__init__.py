@@ -1,1 +1,2 @@
-"""What the three stages share: tokenizer, documents, shards, loader, optimizer, checkpoints, run log."""
+"""What the three stages share: tokenizer, documents, shards, loader, optimizer, checkpoints, run
+log."""

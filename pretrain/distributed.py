@@ -4,8 +4,8 @@
     ranks.device                       # cuda:3
     total, = ranks.sum(loss_sum)       # float64, over all ranks
 
-Gradients travel over NCCL (GPUs) or gloo (CPUs). Everything else, a few numbers at a time, goes through a
-gloo group of its own, so that asking for it never waits for a GPU.
+Gradients travel over NCCL (GPUs) or gloo (CPUs). Everything else, a few numbers at a time, goes
+through a gloo group of its own, so that asking for it never waits for a GPU.
 """
 
 import ctypes
@@ -28,10 +28,16 @@ def environment(name: str, default: int) -> int:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """A device by name: auto (cuda, else mps, else cpu), cuda (the local_rank-th), cuda:N, mps or cpu.
-    Raises ValueError when it does not exist here."""
+    """A device by name: auto (cuda, else mps, else cpu), cuda (the local_rank-th), cuda:N, mps or
+    cpu. Raises ValueError when it does not exist here."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -51,9 +57,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """float32, bfloat16 or float16 by name; auto is bfloat16 where the device computes in it natively, else
-    float16 on GPUs, else float32. (A CPU without AVX512-BF16 or AMX is slower in bfloat16 than in
-    float32.)"""
+    """float32, bfloat16 or float16 by name; auto is bfloat16 where the device computes in it
+    natively, else float16 on GPUs, else float32. (A CPU without AVX512-BF16 or AMX is slower in
+    bfloat16 than in float32.)"""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -65,9 +71,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-# Dense peak TFLOP/s in (bfloat16, float16 with float32 accumulation, float32 as TF32 where there is one),
-# from NVIDIA's and AMD's data sheets and architecture whitepapers. Where those state figures with sparsity,
-# half of them. The first name that occurs in the device's name counts.
+# Dense peak TFLOP/s in (bfloat16, float16 with float32 accumulation, float32 as TF32 where there is
+# one), from NVIDIA's and AMD's data sheets and architecture whitepapers. Where those state figures
+# with sparsity, half of them. The first name that occurs in the device's name counts.
 _PEAK_TFLOPS = {
     "B200": (2250, 2250, 1125),
     "H200 NVL": (835, 835, 417),
@@ -124,9 +130,9 @@ def device_name(device: torch.device) -> str:
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
-    """Seed torch's generators for one micro-batch, micro_batch counted over all ranks. So dropout depends
-    neither on what was drawn before (a resumed run has no generator states to restore) nor on the number of
-    ranks."""
+    """Seed torch's generators for one micro-batch, micro_batch counted over all ranks. So dropout
+    depends neither on what was drawn before (a resumed run has no generator states to restore) nor
+    on the number of ranks."""
     words = np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0]))
 
@@ -140,7 +146,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors held on a GPU so far, or that this process held in main memory."""
+    """Bytes: the most that tensors held on a GPU so far, or that this process held in main
+    memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -156,10 +163,14 @@ def peak_memory(device: torch.device) -> int:
 def keep_freed_memory() -> None:
     """Let the C library keep the memory that tensors leave, rather than return it to the kernel.
 
-    glibc returns blocks of some megabytes at once, so that training on a CPU fetches its gigabytes anew in
-    each step, a page fault per 4 KiB: 10 to 20 % of its time. Other C libraries are left as they are.
+    glibc returns blocks of some megabytes at once, so that training on a CPU fetches its gigabytes
+    anew in each step, a page fault per 4 KiB: 10 to 20 % of its time. Other C libraries are left as
+    they are.
     """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of glibc's malloc.h
+    trim_threshold, mmap_threshold = (
+        -1,
+        -3,
+    )  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of glibc's malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc; the last on Windows
@@ -171,10 +182,11 @@ def keep_freed_memory() -> None:
 def meeting_point(rank: int, world_size: int) -> dist.Store:
     """A key-value store that holds nothing but what these processes write to it.
 
-    The one that torchrun keeps for its workers outlives them, so that after a restart a process may find the
-    address of a dead one there (torch 2.13: "Gloo connectFullMesh failed"), and restart counts differ between
-    nodes. So the first rank gives out a new name, under which all then write: each other rank shows an id of
-    its own, and a name that answers this id comes from a first rank that lives.
+    The one that torchrun keeps for its workers outlives them, so that after a restart a process may
+    find the address of a dead one there (torch 2.13: "Gloo connectFullMesh failed"), and restart
+    counts differ between nodes. So the first rank gives out a new name, under which all then write:
+    each other rank shows an id of its own, and a name that answers this id comes from a first rank
+    that lives.
     """
     store, _, _ = next(dist.rendezvous("env://", rank, world_size))
     name = uuid.uuid4().hex
@@ -207,8 +219,8 @@ class Ranks:
 
     @classmethod
     def start(cls, device: str = "auto") -> "Ranks":
-        """Join the process groups that torchrun's environment describes; on a CPU, keep_freed_memory().
-        Raises ValueError for a missing device."""
+        """Join the process groups that torchrun's environment describes; on a CPU,
+        keep_freed_memory(). Raises ValueError for a missing device."""
         rank, world_size = environment("RANK", 0), environment("WORLD_SIZE", 1)
         place = pick_device(device, environment("LOCAL_RANK", 0))
         if place.type == "cuda":
@@ -250,7 +262,8 @@ class Ranks:
         return values[0]
 
     def on_first(self, function: Callable, *arguments: Any) -> Any:
-        """function(*arguments), called by rank 0 alone: its result, or what it raises, on every rank."""
+        """function(*arguments), called by rank 0 alone: its result, or what it raises, on every
+        rank."""
         outcome = _outcome(function, arguments) if self.is_first else None
         result, error = self.broadcast(outcome)
         if error:
@@ -259,8 +272,8 @@ class Ranks:
         return result
 
     def together(self, function: Callable, *arguments: Any) -> Any:
-        """function(*arguments), called by every rank: its own result, or what the first to fail raises, on
-        all."""
+        """function(*arguments), called by every rank: its own result, or what the first to fail
+        raises, on all."""
         result, error = _outcome(function, arguments)
         for problem in self.gather(error):
             if problem:
@@ -272,7 +285,9 @@ class Ranks:
         """Leave the process groups. Only when all ranks do: it waits for work that is under way."""
         if self.world_size > 1:
             dist.destroy_process_group()
-            self.control = None  # its threads end here: at the interpreter's end they could abort the process
+            self.control = (
+                None  # its threads end here: at the interpreter's end they could abort the process
+            )
 
 
 def _outcome(function: Callable, arguments: tuple) -> tuple[Any, Exception | None]:

@@ -1,10 +1,11 @@
 """Command lines that report every mistake at once.
 
-    args, given, problems = parse(parser, argv)   # problems: ["--batch_size: 0 must be at least 1", ...]
+    args, given, problems = parse(parser, argv)   # problems: ["--batch_size: 0 must be at least 1",
+    ...]
 
-`given` holds the names of the flags that were on the command line, for what depends on a flag being left
-alone. A switch is declared with argparse.BooleanOptionalAction and understood as --compile, --no-compile,
---compile True and --compile=False.
+`given` holds the names of the flags that were on the command line, for what depends on a flag being
+left alone. A switch is declared with argparse.BooleanOptionalAction and understood as --compile,
+--no-compile, --compile True and --compile=False.
 
 parse_with_config does the same where a flag --config names a YAML file of flags: `batch_size: 16`.
 """
@@ -14,6 +15,7 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _UNSET = object()
@@ -22,8 +24,9 @@ _UNSET = object()
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, set[str], list[str]]:
-    """(all flags with their defaults, names given in argv, problems one line each). Flags with a problem keep
-    their defaults. The parser must have been made with exit_on_error=False and allow_abbrev=False."""
+    """(all flags with their defaults, names given in argv, problems one line each). Flags with a
+    problem keep their defaults. The parser must have been made with exit_on_error=False and
+    allow_abbrev=False."""
     defaults = vars(parser.parse_args([]))
     flags, problems = _spell_switches(parser, list(argv)), []
     while True:
@@ -47,12 +50,14 @@ def parse(
 
 
 def parse_with_config(
-    parser: argparse.ArgumentParser, argv: Sequence[str], rivals: Mapping[str, Collection[str]] | None = None
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str],
+    rivals: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[argparse.Namespace, set[str], list[str]]:
     """Like parse, with what the file of --config sets for flags that argv leaves alone.
 
-    rivals: for a flag, those that it puts out of force in the file when it is in argv. Every value in the
-    file is checked as flags are; `given` holds the names in force from either.
+    rivals: for a flag, those that it puts out of force in the file when it is in argv. Every value
+    in the file is checked as flags are; `given` holds the names in force from either.
     """
     args, given, problems = parse(parser, argv)
     if not args.config:
@@ -81,12 +86,16 @@ def _read_config(path: str, parser: argparse.ArgumentParser) -> tuple[list[str],
         return [], [f"--config {path}: not YAML{where}: {getattr(error, 'problem', None) or error}"]
     if not isinstance(settings, dict):
         return [], [f"--config {path}: expected lines such as batch_size: 16"]
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    actions = {
+        action.dest: action for action in parser._actions if action.dest not in ("help", "config")
+    }
     words, problems = [], []
     for name, value in settings.items():
         if name not in actions:
             near = difflib.get_close_matches(str(name), actions, n=1)
-            problems.append(f"{path}: {name}: unknown" + (f" (did you mean {near[0]}?)" if near else ""))
+            problems.append(
+                f"{path}: {name}: unknown" + (f" (did you mean {near[0]}?)" if near else "")
+            )
         elif isinstance(value, list) and actions[name].nargs:
             words += [f"--{name}", *map(str, value)]
         elif value is None or isinstance(value, dict | list):
@@ -127,20 +136,38 @@ def _without(argv: list[str], names: list[str]) -> list[str]:
     return result
 
 
-def number(kind: type, *, minimum: float, below: float = math.inf) -> Callable[[str], float]:
-    """A type for add_argument: int or float, from `minimum` on and below `below`."""
+def number(
+    kind: Callable[[str], float],
+    *,
+    minimum: float,
+    maximum: float = math.inf,
+    below: float = math.inf,
+) -> Callable[[str], Any]:
+    """A type for add_argument: int or float, finite, from `minimum` to `maximum` and below `below`.
+    Whole numbers may be written 1_000_000 or 1e6."""
+    noun = "a whole number" if kind is int else "a number"
 
     def read(text: str) -> float:
         try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {_KINDS[kind]}") from None
-        if not minimum <= value < below:
-            limit = f" and below {below:g}" if below < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} must be at least {minimum:g}{limit}")
+            value = kind(text) if kind is not int or "e" not in text.lower() else float(text)
+            if value != kind(value):
+                raise ValueError
+            value = kind(value)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}") from None
+        if not (minimum <= value <= maximum and value < below):
+            limits = f" and below {below:g}" if below < math.inf else ""
+            limits += f" and at most {maximum:,}" if maximum < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} must be at least {minimum:g}{limits}")
         return value
 
     return read
 
 
-_KINDS = {int: "a whole number", float: "a number"}
+LARGEST = 2**63 - 1  # what a signed 64-bit integer holds: no count is larger
+COUNT = number(int, minimum=1, maximum=LARGEST)  # 1, 2, ...
+AMOUNT = number(int, minimum=0, maximum=LARGEST)  # 0, 1, 2, ...
+SEED = number(int, minimum=0, maximum=LARGEST)
+REAL = number(float, minimum=0, maximum=1e12)
+SHARE = number(float, minimum=0, below=1)  # [0, 1)
+PROBABILITY = number(float, minimum=0, maximum=1)  # [0, 1]

@@ -1,19 +1,23 @@
-"""A Hugging Face Hub on the loopback interface, for tests: repositories out of a dictionary, and faults.
+"""A Hugging Face Hub on the loopback interface, for tests: repositories out of a dictionary, and
+faults.
 
-    with LoopbackHub({"org/name": {"README.md": b"...", "data/a.parquet": b"..."}}, cut_every=2) as hub:
+    with LoopbackHub({"org/name": {"README.md": b"...", "data/a.parquet": b"..."}}, cut_every=2) as
+    hub:
         ...HF_ENDPOINT=hub.url...
         assert hub.faults > 0
 
-It answers what `datasets` and `pretrain.hub` ask to resolve and read a dataset: revision, tree (in pages),
-files (whole, by range, HEAD). Faults hit the requests for data; with scope="all", every request:
+It answers what `datasets` and `pretrain.text.hub` ask to resolve and read a dataset: revision, tree
+(in pages), files (whole, by range, HEAD). Faults hit the requests for data; with scope="all", every
+request:
 
     fail_every=N, status, retry_after   every Nth request is answered with that status
-    cut_every=N                         every Nth body ends in its middle, though its full length was declared
-    stall_every=N                       every Nth body stops in its middle and the connection stays open
-    down_after=N                        after N requests every connection is closed without an answer
+    cut_every=N                         every Nth body ends in its middle, though its full length
+    was declared stall_every=N                       every Nth body stops in its middle and the
+    connection stays open down_after=N                        after N requests every connection is
+    closed without an answer
 
-With link_uses=N, data is behind links on another host name that work N times, as signed ones do for a time.
-With token=T the Hub answers those who send T; with gated=True it says why to the others.
+With link_uses=N, data is behind links on another host name that work N times, as signed ones do for
+a time. With token=T the Hub answers those who send T; with gated=True it says why to the others.
 """
 
 from __future__ import annotations
@@ -60,9 +64,13 @@ class LoopbackHub:
         self.faults = self.counted = 0
         self.links: dict[str, int] = {}  # how often each was used
         self.lock, self.closing = threading.Lock(), threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
+        )
         self.server.daemon_threads = True
-        self.server.handle_error = lambda *_: None  # clients go away, that is what the tests are about
+        self.server.handle_error = lambda *_: (
+            None
+        )  # clients go away, that is what the tests are about
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
@@ -74,7 +82,11 @@ class LoopbackHub:
 
     def commit(self, repo: str) -> str:
         """Another one for other content."""
-        parts = [part for name, data in sorted(self.repos[repo].items()) for part in (name.encode(), data)]
+        parts = [
+            part
+            for name, data in sorted(self.repos[repo].items())
+            for part in (name.encode(), data)
+        ]
         return hashlib.sha1(b"\0".join(parts)).hexdigest()
 
     def next_fault(self, path: str) -> str | None:
@@ -148,18 +160,24 @@ class _Handler(BaseHTTPRequestHandler):
         repo, path, hub, token = f"{org}/{name}", "/".join(rest), self.hub, self.seen.token
 
         if repo not in hub.repos or token != hub.token:
-            status, code = (403 if token else 401, "GatedRepo") if hub.gated else (401, "RepoNotFound")
+            status, code = (
+                (403 if token else 401, "GatedRepo") if hub.gated else (401, "RepoNotFound")
+            )
             return self.refuse(status, code)
         files, commit = hub.repos[repo], hub.commit(repo)
         if revision not in ("main", commit):
             return self.refuse(404, "RevisionNotFound")
         if verb == "revision":
-            return self.answer(200, json.dumps({"id": repo, "sha": commit, "siblings": []}).encode())
+            return self.answer(
+                200, json.dumps({"id": repo, "sha": commit, "siblings": []}).encode()
+            )
         if verb == "tree":
             return self.tree(files, path, query)
         if verb == "paths-info":  # a POST of older clients
             asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
-            known = [p for p in asked if any(name == p or name.startswith(f"{p}/") for name in files)]
+            known = [
+                p for p in asked if any(name == p or name.startswith(f"{p}/") for name in files)
+            ]
             return self.answer(200, json.dumps([self.entry(files, p) for p in known]).encode())
         if path not in files:
             return self.refuse(404, "EntryNotFound")
@@ -167,7 +185,9 @@ class _Handler(BaseHTTPRequestHandler):
             link = f"link/{len(hub.links)}/{repo}/{path}"
             hub.links[link] = 0
             elsewhere = hub.url.replace("127.0.0.1", "localhost")
-            return self.answer(302, b"", {"Location": f"{elsewhere}/{quote(link)}", "X-Repo-Commit": commit})
+            return self.answer(
+                302, b"", {"Location": f"{elsewhere}/{quote(link)}", "X-Repo-Commit": commit}
+            )
         etag = hashlib.sha1(files[path]).hexdigest()
         self.file(files[path], {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
 
@@ -189,7 +209,11 @@ class _Handler(BaseHTTPRequestHandler):
         prefix = f"{folder}/" if folder else ""
         parts = [path[len(prefix) :].split("/") for path in files if path.startswith(prefix)]
         depth = 1 if query["recursive"][0].lower() == "false" else 99
-        paths = {prefix + "/".join(part[:n]) for part in parts for n in range(1, min(depth, len(part)) + 1)}
+        paths = {
+            prefix + "/".join(part[:n])
+            for part in parts
+            for n in range(1, min(depth, len(part)) + 1)
+        }
         if not paths:
             return self.refuse(404, "EntryNotFound")
         at = int(query.get("cursor", ["0"])[0])

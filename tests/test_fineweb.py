@@ -1,4 +1,5 @@
-"""fineweb.py as its users run it, against a plain loop with tiktoken: kills, signals, faults, damage."""
+"""fineweb.py as its users run it, against a plain loop with tiktoken: kills, signals, faults,
+damage."""
 
 import functools
 import gzip
@@ -23,11 +24,11 @@ import pytest
 from loopback_hub import LoopbackHub
 
 import fineweb
-from pretrain import build
-from pretrain.build import BuildRefused, Settings, Work, build_shards
-from pretrain.documents import Patience, SourceError, hub_source, local_source
-from pretrain.shards import Manifest, ShardWriter, find_shards
-from pretrain.tokenizer import Tokenizer, load_encoding
+from pretrain.text.documents import Patience, SourceError, hub_source, local_source
+from pretrain.tokens import build
+from pretrain.tokens.build import BuildRefused, Settings, Work, build_shards
+from pretrain.tokens.shards import Manifest, ShardWriter, find_shards
+from pretrain.tokens.tokenizer import Tokenizer, load_encoding
 
 ROOT = Path(__file__).parent.parent
 DATASET = "HuggingFaceFW/fineweb-edu"
@@ -65,7 +66,9 @@ def stream(texts):
 
 def encode(texts) -> np.ndarray:
     encoding = load_encoding()
-    return np.array([i for text in texts for i in [50256, *encoding.encode_ordinary(text)]], np.uint16)
+    return np.array(
+        [i for text in texts for i in [50256, *encoding.encode_ordinary(text)]], np.uint16
+    )
 
 
 def write_parquet(path: Path, texts, row_group_size=20) -> None:
@@ -75,13 +78,17 @@ def write_parquet(path: Path, texts, row_group_size=20) -> None:
         rows += [text, None] if i % 31 == 0 else [text, ""] if i % 17 == 0 else [text]
     encoding = load_encoding()
     counts = [len(encoding.encode_ordinary(row or "")) for row in rows]
-    table = pa.table({"id": [str(i) for i in range(len(rows))], "text": rows, "token_count": counts})
+    table = pa.table(
+        {"id": [str(i) for i in range(len(rows))], "text": rows, "token_count": counts}
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, row_group_size=row_group_size)
 
 
 def jsonl(texts) -> bytes:
-    lines = [json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
+    lines = [
+        json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)
+    ]
     return ("\n".join([*lines[:5], "", '{"text": null}', *lines[5:]]) + "\n").encode()
 
 
@@ -90,7 +97,8 @@ def txt(texts) -> bytes:
 
 
 def write_source(folder: Path, kind: str, texts) -> list:
-    """Files of a kind with these documents; returns the documents that a .txt file makes of them."""
+    """Files of a kind with these documents; returns the documents that a .txt file makes of
+    them."""
     folder.mkdir(parents=True, exist_ok=True)
     half = len(texts) // 2
     if kind == "parquet":
@@ -126,7 +134,9 @@ def saved(tokens, path: Path) -> bytes:
     return path.read_bytes()
 
 
-def check_folder(folder: Path, tokens, shard_size: int, val_tokens: int | None = None, name=None) -> None:
+def check_folder(
+    folder: Path, tokens, shard_size: int, val_tokens: int | None = None, name=None
+) -> None:
     """The folder holds exactly the shards that numpy makes of these tokens, and a manifest."""
     edges = [0, val_tokens or shard_size]
     while edges[-1] < len(tokens):
@@ -158,7 +168,8 @@ def work(**options) -> Work:
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch):
-    """Nothing cuts this process off, and hundreds of them are slow. Programs started apart have theirs."""
+    """Nothing cuts this process off, and hundreds of them are slow. Programs started apart have
+    theirs."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -205,32 +216,53 @@ def test_shards_are_those_of_a_plain_loop_for_any_unit_and_shard_size(tmp_path, 
             check_folder(out, tokens, shard_size)
             assert manifest.complete and manifest.tokens == len(tokens)
             manifests.add((shard_size, (out / "manifest.json").read_text()))
-    assert len(manifests) == 2  # neither the shards nor what is said about them depends on the units
+    assert (
+        len(manifests) == 2
+    )  # neither the shards nor what is said about them depends on the units
 
 
 @pytest.mark.parametrize("num_proc", [1, 2, 3])
 def test_shards_are_those_of_a_plain_loop_for_any_number_of_processes(tmp_path, mixed, num_proc):
     folder, tokens = mixed
     options = {"num_proc": num_proc, "unit_bytes": 5_000}
-    manifest = build_shards(local_source([folder]), tmp_path / "out", Settings(3_000), work(**options))
+    manifest = build_shards(
+        local_source([folder]), tmp_path / "out", Settings(3_000), work(**options)
+    )
     check_folder(tmp_path / "out", tokens, 3_000, name="mixed")
     assert manifest.documents == np.count_nonzero(tokens == 50256)
 
 
-def test_the_command_makes_these_shards_with_either_backend_and_says_the_same_of_them(tmp_path, mixed):
+def test_the_command_makes_these_shards_with_either_backend_and_says_the_same_of_them(
+    tmp_path, mixed
+):
     folder, tokens = mixed
-    for out, options in {"a": [], "b": ["--tokenizer_backend", "tiktoken", "--num_proc", 2]}.items():
-        printed = run("--source", folder, "--shard_size", 10_000, "--out_dir", tmp_path / out, *options)
+    for out, options in {
+        "a": [],
+        "b": ["--tokenizer_backend", "tiktoken", "--num_proc", 2],
+    }.items():
+        printed = run(
+            "--source", folder, "--shard_size", 10_000, "--out_dir", tmp_path / out, *options
+        )
         check_folder(tmp_path / out, tokens, 10_000, name="mixed")
         assert (
-            f"{len(tokens):,} tokens" in printed and f"train_gpt2.py --data_dir {tmp_path / out}" in printed
+            f"{len(tokens):,} tokens" in printed
+            and f"train_gpt2.py --data_dir {tmp_path / out}" in printed
         )
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_max_tokens_val_tokens_and_shard_name_do_what_they_say(tmp_path, mixed):
     folder, tokens = mixed
-    args = ["--source", folder, "--max_tokens", "12_345", "--val_tokens", "1e3", "--shard_size", 5_000]
+    args = [
+        "--source",
+        folder,
+        "--max_tokens",
+        "12_345",
+        "--val_tokens",
+        "1e3",
+        "--shard_size",
+        5_000,
+    ]
     assert main(*args, "--shard_name", "mine", "--out_dir", tmp_path / "out") == 0
     check_folder(tmp_path / "out", tokens[:12_345], 5_000, val_tokens=1_000, name="mine")
 
@@ -244,7 +276,9 @@ def test_val_fraction_is_a_share_of_all_tokens_in_memory_or_not(tmp_path, mixed,
     check_folder(tmp_path / "out", tokens[:30_001], 3_000, val_tokens=7_500)
 
 
-def test_a_small_source_gives_a_tenth_to_validation_and_the_program_says_so(tmp_path, mixed, capsys):
+def test_a_small_source_gives_a_tenth_to_validation_and_the_program_says_so(
+    tmp_path, mixed, capsys
+):
     folder, tokens = mixed
     assert main("--source", folder, "--out_dir", tmp_path / "out") == 0
     check_folder(tmp_path / "out", tokens, 10**8, val_tokens=len(tokens) // 10)
@@ -265,8 +299,12 @@ def test_one_process_and_worker_processes_report_a_bad_document_alike(tmp_path, 
     source = local_source([tmp_path / "a.parquet", tmp_path / "b.jsonl"])
     for num_proc in (1, 2):
         with pytest.raises(SourceError, match=r"b\.jsonl, line 21"):
-            build_shards(source, tmp_path / f"out{num_proc}", Settings(2_000), work(num_proc=num_proc))
-    manifest = build_shards(source, tmp_path / "out1", Settings(2_000), work(on_bad_document="skip"))
+            build_shards(
+                source, tmp_path / f"out{num_proc}", Settings(2_000), work(num_proc=num_proc)
+            )
+    manifest = build_shards(
+        source, tmp_path / "out1", Settings(2_000), work(on_bad_document="skip")
+    )
     check_folder(tmp_path / "out1", encode(texts[:100]), 2_000)
     assert sum(shard.skipped.get("bad", 0) for shard in manifest.shards) == 1
 
@@ -308,7 +346,9 @@ def count_shards(out: Path) -> int:
 
 def start_and_wait(args, out: Path, shards: int) -> subprocess.Popen:
     """Start the program and return when it has written so many shards."""
-    process = subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     goal = count_shards(out) + shards
     while count_shards(out) < goal and process.poll() is None:
         time.sleep(0.001)
@@ -327,7 +367,9 @@ def test_sigkill_at_twenty_random_moments_changes_nothing(tmp_path, finished):
         assert process.returncode == -signal.SIGKILL
         killed_at.append(count_shards(out))
         if manifest := Manifest.load(out):
-            assert all((out / shard.file).read_bytes() == expected[shard.file] for shard in manifest.shards)
+            assert all(
+                (out / shard.file).read_bytes() == expected[shard.file] for shard in manifest.shards
+            )
     assert len(set(killed_at)) > 5, killed_at  # they did come in the middle
     assert killed_at[-1] < len(expected) - 1
     run(*args)
@@ -355,7 +397,9 @@ def test_a_signal_ends_cleanly_and_the_same_command_continues(tmp_path, finished
 def children(pid: int) -> list[int]:
     """Worker processes, not the resource tracker of multiprocessing."""
     pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(each) for each in pids if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()]
+    return [
+        int(each) for each in pids if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()
+    ]
 
 
 def alive(pid: int) -> bool:
@@ -365,11 +409,15 @@ def alive(pid: int) -> bool:
         return False
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes through /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="finds processes through /proc"
+)
 
 
 @needs_proc
-def test_a_killed_worker_ends_the_run_with_an_error_and_the_same_command_continues(tmp_path, finished):
+def test_a_killed_worker_ends_the_run_with_an_error_and_the_same_command_continues(
+    tmp_path, finished
+):
     args, expected = finished
     args = [*args, tmp_path / "out", "--num_proc", 2]
     process = start_and_wait(args, tmp_path / "out", 5)
@@ -408,8 +456,15 @@ def test_a_full_disk_loses_the_unfinished_shard_alone(tmp_path, finished, monkey
     monkeypatch.setattr(ShardWriter, "write", write_until_full)
     assert main(*args, out) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "No space left on device" in error and "25 finished shards" in error
-    assert set(contents(out)) == {"manifest.json", *(shard.file for shard in Manifest.load(out).shards)}
+    assert (
+        error.count("\n") == 1
+        and "No space left on device" in error
+        and "25 finished shards" in error
+    )
+    assert set(contents(out)) == {
+        "manifest.json",
+        *(shard.file for shard in Manifest.load(out).shards),
+    }
     monkeypatch.undo()
     assert main(*args, out) == 0
     assert contents(out) == expected
@@ -428,7 +483,12 @@ def test_a_file_that_may_not_grow_ends_in_one_line(tmp_path, mixed):
         "--out_dir",
         tmp_path / "out",
     ]
-    args += ["--tokenizer_backend", "tiktoken", "--num_proc", 1]  # gigatoken is built from a larger file
+    args += [
+        "--tokenizer_backend",
+        "tiktoken",
+        "--num_proc",
+        1,
+    ]  # gigatoken is built from a larger file
     done = subprocess.run([*limited, *command(*args)], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "1 finished shard" in done.stderr and not list((tmp_path / "out").glob("*.tmp"))
@@ -443,8 +503,8 @@ def test_a_rerun_of_a_finished_folder_writes_nothing_and_reads_no_document(
     args = ["--source", mixed[0], "--shard_size", 9_000, "--out_dir", tmp_path / "out"]
     assert main(*args) == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr("pretrain.pipeline.read_unit", None)
-    monkeypatch.setattr("pretrain.tokenizer.Tokenizer.__init__", None)
+    monkeypatch.setattr("pretrain.tokens.pipeline.read_unit", None)
+    monkeypatch.setattr("pretrain.tokens.tokenizer.Tokenizer.__init__", None)
     assert main(*args, "--num_proc", 2, "--check_every", 0, "--tokenizer_backend", "tiktoken") == 0
     assert "nothing is left to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
@@ -474,7 +534,9 @@ def test_a_rerun_continues_without_reading_what_came_before(tmp_path, texts, kin
     options["progress"].shard = lambda shard: None
     build_shards(source, tmp_path / "out", Settings(1_000), work(**options))
     assert position["row"] > 40 and units[0].file == position["file"] == 0
-    assert units[0].first_row == (position["row"] // 20 * 20 if kind == "parquet" else position["row"])
+    assert units[0].first_row == (
+        position["row"] // 20 * 20 if kind == "parquet" else position["row"]
+    )
     check_folder(tmp_path / "out", tokens, 1_000)
 
 
@@ -515,10 +577,14 @@ def test_changed_documents_are_refused_and_named(tmp_path, texts, change):
 
 def test_documents_may_lie_elsewhere_when_a_build_goes_on(tmp_path, texts):
     write_source(tmp_path / "in", "jsonl", texts[:100])
-    manifest = build_shards(local_source([tmp_path / "in"]), tmp_path / "out", Settings(2_000), work())
+    manifest = build_shards(
+        local_source([tmp_path / "in"]), tmp_path / "out", Settings(2_000), work()
+    )
     (tmp_path / "in").rename(tmp_path / "moved")
     assert (
-        build_shards(local_source([tmp_path / "moved"]), tmp_path / "out", Settings(2_000), work(), name="in")
+        build_shards(
+            local_source([tmp_path / "moved"]), tmp_path / "out", Settings(2_000), work(), name="in"
+        )
         == manifest
     )
 
@@ -585,10 +651,14 @@ def test_the_sources_own_token_count_is_compared_in_sum(tmp_path, texts, capsys)
     first = next(i for i, text in enumerate(table["text"].to_pylist()) if text)
     counts[first] += 5
     pq.write_table(table.set_column(2, "token_count", pa.array(counts)), tmp_path / "a.parquet")
-    assert main("--source", tmp_path / "a.parquet", "--shard_size", 999, "--out_dir", tmp_path / "out") == 0
+    assert (
+        main("--source", tmp_path / "a.parquet", "--shard_size", 999, "--out_dir", tmp_path / "out")
+        == 0
+    )
     total = len(encode(texts)) - len(texts)
     assert (
-        f"token_count: {total + 5:,} says the source, {total:,} were written: -5" in capsys.readouterr().out
+        f"token_count: {total + 5:,} says the source, {total:,} were written: -5"
+        in capsys.readouterr().out
     )
 
 
@@ -753,10 +823,13 @@ def test_a_hub_that_is_gone_ends_in_one_line_and_a_rerun_goes_on_at_its_commit(
     out = tmp_path / "data" / "fineweb-edu-sample-10BT"  # the default
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "pretrain.documents.Patience", lambda: Patience(give_up_seconds=1, first_wait_seconds=0.01)
+        "pretrain.text.documents.Patience",
+        lambda: Patience(give_up_seconds=1, first_wait_seconds=0.01),
     )
-    monkeypatch.setattr("pretrain.pipeline.MAX_THREADS", 1)
-    monkeypatch.setattr("pretrain.pipeline.HUB_THREADS", 1)  # requests come in order: the last one fails
+    monkeypatch.setattr("pretrain.tokens.pipeline.MAX_THREADS", 1)
+    monkeypatch.setattr(
+        "pretrain.tokens.pipeline.HUB_THREADS", 1
+    )  # requests come in order: the last one fails
     with LoopbackHub(files) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         assert main("--shard_size", 3_000, "--out_dir", tmp_path / "other") == 0
@@ -776,7 +849,8 @@ def test_a_hub_that_is_gone_ends_in_one_line_and_a_rerun_goes_on_at_its_commit(
     assert main("--shard_size", 3_000) == 0  # the hub is gone, and nobody misses it
     printed = capsys.readouterr()
     assert (
-        "nothing is left to do" in printed.out and hub.commit(DATASET) in (out / "manifest.json").read_text()
+        "nothing is left to do" in printed.out
+        and hub.commit(DATASET) in (out / "manifest.json").read_text()
     )
     assert main("--shard_size", 3_000, "--dataset", "HuggingFaceFW/fineweb", "--out_dir", out) == 1
     assert "--dataset was HuggingFaceFW/fineweb-edu" in capsys.readouterr().err

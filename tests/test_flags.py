@@ -41,7 +41,12 @@ def test_a_folder_may_be_called_true(parser):
 
 def test_what_was_given_is_told_from_defaults(parser):
     args, given, problems = parse(parser, ["--batch_size", "8", "--no-compile"])
-    assert (args.batch_size, args.dropout, given, problems) == (8, 0.0, {"batch_size", "compile"}, [])
+    assert (args.batch_size, args.dropout, given, problems) == (
+        8,
+        0.0,
+        {"batch_size", "compile"},
+        [],
+    )
 
 
 def test_all_mistakes_are_reported_together(parser):

@@ -1,4 +1,5 @@
-"""Flags from files, and those that contradict or follow from each other: parsed alone, and in short runs."""
+"""Flags from files, and those that contradict or follow from each other: parsed alone, and in short
+runs."""
 
 import math
 from pathlib import Path
@@ -9,7 +10,7 @@ from tiny_runs import flags, logged, write_shards
 import train_gpt2
 from model import GPT, GPTConfig
 from pretrain.flags import parse_with_config
-from pretrain.settings import RIVALS, build_parser
+from pretrain.train.settings import RIVALS, build_parser
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +36,9 @@ def test_a_file_sets_flags_as_the_command_line_does_and_the_command_line_wins(tm
     assert given == {"config", "batch_size", "learning_rate", "compile", "bias", "data", "out_dir"}
 
 
-def test_each_mistake_in_a_file_is_named_with_file_and_key_beside_those_of_the_command_line(tmp_path):
+def test_each_mistake_in_a_file_is_named_with_file_and_key_beside_those_of_the_command_line(
+    tmp_path,
+):
     text = "bach_size: 16\nn_layer: many\ndropout: 2\nn_head:\nseed: [1, 2]\nshuffle: maybe\nconfig: a.yaml"
     args, _, problems = parsed(text, tmp_path, "--n_embd", "-1")
     file = str(tmp_path / "preset.yaml")
@@ -46,14 +49,21 @@ def test_each_mistake_in_a_file_is_named_with_file_and_key_beside_those_of_the_c
     assert (args.n_layer, args.dropout) == (12, 0.0)
 
 
-@pytest.mark.parametrize("text, part", [("a: [1\nb: 2", "not YAML in line 2"), ("- 1\n- 2", "lines such as")])
+@pytest.mark.parametrize(
+    "text, part", [("a: [1\nb: 2", "not YAML in line 2"), ("- 1\n- 2", "lines such as")]
+)
 def test_a_file_that_is_no_list_of_flags_is_refused(tmp_path, text, part):
     (problem,) = parsed(text, tmp_path)[2]
     assert str(tmp_path / "preset.yaml") in problem and part in problem
 
 
 def test_a_file_that_is_missing_is_one_error_and_nothing_is_started(tmp_path, capfd):
-    assert train_gpt2.main(["--config", str(tmp_path / "gone.yaml"), "--out_dir", str(tmp_path / "out")]) == 2
+    assert (
+        train_gpt2.main(
+            ["--config", str(tmp_path / "gone.yaml"), "--out_dir", str(tmp_path / "out")]
+        )
+        == 2
+    )
     assert capfd.readouterr().err.count("gone.yaml: cannot be read: No such file") == 1
     assert not (tmp_path / "out").exists()
 
@@ -62,13 +72,20 @@ def test_a_flag_puts_its_rival_in_the_file_out_of_force(tmp_path):
     text = "max_iters: 5000\nlr_decay_iters: 5000\ndata: input.txt\ntotal_batch_tokens: 1024\n"
     argv = ["--epochs", "3", "--data_dir", "shards", "--gradient_accumulation_steps", "2"]
     args, given, problems = parsed(text, tmp_path, *argv)
-    assert problems == [] and given == {"config", "epochs", "data_dir", "gradient_accumulation_steps"}
+    assert problems == [] and given == {
+        "config",
+        "epochs",
+        "data_dir",
+        "gradient_accumulation_steps",
+    }
     assert (args.max_iters, args.data, args.total_batch_tokens) == (600000, None, 0)
     given = parsed(text, tmp_path)[1]
     assert given == {"config", "max_iters", "lr_decay_iters", "data", "total_batch_tokens"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_configuration_that_is_shipped_is_understood(path):
     args, _, problems = parse_with_config(build_parser(), ["--config", str(path)], RIVALS)
     assert problems == []
@@ -80,7 +97,9 @@ def test_every_configuration_that_is_shipped_is_understood(path):
 def test_the_configurations_are_the_published_settings():
     found = {}
     for name in ("gpt2-124m", "gpt2-medium", "classic"):
-        found[name] = parse_with_config(build_parser(), ["--config", str(ROOT / f"configs/{name}.yaml")])[0]
+        found[name] = parse_with_config(
+            build_parser(), ["--config", str(ROOT / f"configs/{name}.yaml")]
+        )[0]
     small, medium, classic = found.values()
     assert (small.total_batch_tokens, small.max_iters, small.warmup_iters) == (524288, 19073, 715)
     assert 9.99e9 < small.max_iters * small.total_batch_tokens < 1e10
@@ -119,13 +138,17 @@ def epochs_run(data, out_dir, *more):
     return train_gpt2.main([*argv, *more])
 
 
-def test_epochs_end_the_run_and_the_cosine_when_every_window_was_used_so_often(data, tmp_path, capfd):
+def test_epochs_end_the_run_and_the_cosine_when_every_window_was_used_so_often(
+    data, tmp_path, capfd
+):
     assert epochs_run(data, tmp_path / "out", "--epochs", "3") == 0
     windows = (340 - 1) // 16  # 21 of 16 tokens, 4 an update
     updates = math.ceil(3 * windows / 4)
     rates = logged(tmp_path / "out", name="learning_rate")
     assert sorted(rates) == list(range(1, updates + 1))
-    assert rates[1] < rates[2] == max(rates.values()) == pytest.approx(0.01)  # the warmup takes a tenth
+    assert (
+        rates[1] < rates[2] == max(rates.values()) == pytest.approx(0.01)
+    )  # the warmup takes a tenth
     assert 0.001 < rates[updates] < 0.0015  # one update before the end of the cosine
     assert epochs_run(data, tmp_path / "out", "--epochs", "3") == 0
     assert "with a higher --epochs it goes on" in capfd.readouterr().out
@@ -141,9 +164,24 @@ def test_overlapping_windows_are_more_and_leave_validation_as_it_is(data, tmp_pa
     import json
 
     for name, stride in (("plain", 0), ("half", 8)):
-        assert epochs_run(data, tmp_path / name, "--epochs", "1", "--stride", str(stride),
-                          "--eval_interval", "1000", "--eval_iters", "100") == 0  # fmt: skip
-    plain, half = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "half"))
+        assert (
+            epochs_run(
+                data,
+                tmp_path / name,
+                "--epochs",
+                "1",
+                "--stride",
+                str(stride),
+                "--eval_interval",
+                "1000",
+                "--eval_iters",
+                "100",
+            )
+            == 0
+        )
+    plain, half = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "half")
+    )
     assert plain["steps_per_epoch"] == 21 / 4
     assert half["steps_per_epoch"] == ((340 - 1 - 16) // 8 + 1) / 4
     assert half["evaluated_windows"]["val"] == plain["evaluated_windows"]["val"] == 5

@@ -1,4 +1,5 @@
-"""Scores of the four endings, against a plain loop over examples; the command line; several processes."""
+"""Scores of the four endings, against a plain loop over examples; the command line; several
+processes."""
 
 import json
 import math
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 import hellaswag
 from hellaswag import Example, HellaSwagError, evaluate, load_examples
 from model import GPT, GPTConfig, load_checkpoint
-from pretrain import download, examples
-from pretrain.source import Patience
-from pretrain.tokenizer import load_encoding
+from pretrain.eval import hellaswag as examples
+from pretrain.text import download
+from pretrain.text.source import Patience
+from pretrain.tokens.tokenizer import load_encoding
 
 ROOT = Path(__file__).parent.parent
 ITEMS = ROOT / "tests" / "data" / "hellaswag_items.jsonl"
@@ -27,9 +29,12 @@ ENCODING = load_encoding()
 
 
 def sharp_gpt(block_size=256, seed=0, **changes):
-    """Larger weights than GPT-2's initialisation, so that the losses of endings differ by whole nats."""
+    """Larger weights than GPT-2's initialisation, so that the losses of endings differ by whole
+    nats."""
     torch.manual_seed(seed)
-    config = GPTConfig(**{"block_size": block_size, "n_layer": 2, "n_head": 2, "n_embd": 16, **changes})
+    config = GPTConfig(
+        **{"block_size": block_size, "n_layer": 2, "n_head": 2, "n_embd": 16, **changes}
+    )
     model = GPT(config).eval()
     for parameter in model.parameters():
         if parameter.dim() == 2:
@@ -49,7 +54,8 @@ def items():
 
 @torch.no_grad()
 def plain_loop(model, example):
-    """What people do with one example: four padded rows, all logits. Losses and tokens of the endings."""
+    """What people do with one example: four padded rows, all logits. Losses and tokens of the
+    endings."""
     context = ENCODING.encode_ordinary(example.ctx)
     endings = [ENCODING.encode_ordinary(" " + ending) for ending in example.endings]
     tokens = torch.zeros(4, len(context) + max(map(len, endings)), dtype=torch.int64)
@@ -60,16 +66,38 @@ def plain_loop(model, example):
     for row, ending in enumerate(endings):
         at = range(len(context), len(context) + len(ending))
         predicted = logits[row, at.start - 1 : at.stop - 1].double()
-        losses.append(F.cross_entropy(predicted, tokens[row, at.start : at.stop], reduction="sum").item())
+        losses.append(
+            F.cross_entropy(predicted, tokens[row, at.start : at.stop], reduction="sum").item()
+        )
     return losses, [len(ending) for ending in endings]
 
 
 def made_up(count, seed=0):
     """Examples of all lengths from templates."""
     draw = random.Random(seed)
-    people = ["a baker", "the tall girl", "an old sailor", "two boys", "my aunt Wilhelmina", "the postman"]
-    deeds = ["opens the door of", "walks around", "paints", "carefully weighs", "sings to", "cannot find"]
-    things = ["a boat", "the kettle", "seventeen umbrellas", "the library's only map", "a sleeping cat"]
+    people = [
+        "a baker",
+        "the tall girl",
+        "an old sailor",
+        "two boys",
+        "my aunt Wilhelmina",
+        "the postman",
+    ]
+    deeds = [
+        "opens the door of",
+        "walks around",
+        "paints",
+        "carefully weighs",
+        "sings to",
+        "cannot find",
+    ]
+    things = [
+        "a boat",
+        "the kettle",
+        "seventeen umbrellas",
+        "the library's only map",
+        "a sleeping cat",
+    ]
 
     def sentence():
         more = draw.choice(["", "", " in the rain", " before breakfast on Sunday", ", as always"])
@@ -79,7 +107,9 @@ def made_up(count, seed=0):
         return " ".join(sentence() for _ in range(draw.randint(low, high)))
 
     return [
-        Example(i, "", text(1, 2), None, None, tuple(sentence() for _ in range(4)), draw.randrange(4))
+        Example(
+            i, "", text(1, 2), None, None, tuple(sentence() for _ in range(4)), draw.randrange(4)
+        )
         for i in range(count)
     ]
 
@@ -96,12 +126,16 @@ def assert_same(values, expected, picks):
 def test_five_hundred_examples_score_as_in_the_plain_loop(model):
     some = made_up(500)
     result = evaluate(model, some)
-    losses, counts = map(np.array, zip(*(plain_loop(model, example) for example in some), strict=True))
+    losses, counts = map(
+        np.array, zip(*(plain_loop(model, example) for example in some), strict=True)
+    )
     assert_same(result.losses, losses, result.picks)
     assert_same(result.losses_norm, losses / counts, result.picks_norm)
     labels = np.array([example.label for example in some])
     assert result.acc == pytest.approx((losses.argmin(1) == labels).mean(), abs=2 / 500)
-    assert result.acc_norm == pytest.approx(((losses / counts).argmin(1) == labels).mean(), abs=2 / 500)
+    assert result.acc_norm == pytest.approx(
+        ((losses / counts).argmin(1) == labels).mean(), abs=2 / 500
+    )
     assert len({tuple(p) for p in np.stack([result.picks, result.picks_norm], 1).tolist()}) > 8
 
 
@@ -112,14 +146,18 @@ def test_transformers_gpt2_scores_the_same_from_the_same_weights(model, items):
     theirs.load_state_dict(model.huggingface_state_dict())
     ours = evaluate(model, items).losses
     assert np.abs(evaluate(theirs, items).losses - ours).max() < 1e-4
-    assert np.abs(evaluate(lambda tokens: model(tokens)[0], items[:3]).losses - ours[:3]).max() < 1e-4
+    assert (
+        np.abs(evaluate(lambda tokens: model(tokens)[0], items[:3]).losses - ours[:3]).max() < 1e-4
+    )
 
 
 def test_lm_eval_style_divides_by_characters(model, items):
     result = evaluate(model, items, style="lm-eval")
     for i, example in enumerate(items):
         _, endings = examples.prompt(example, "lm-eval")
-        assert result.losses_norm[i] == pytest.approx(result.losses[i] / [len(ending) for ending in endings])
+        assert result.losses_norm[i] == pytest.approx(
+            result.losses[i] / [len(ending) for ending in endings]
+        )
     assert not np.allclose(result.losses, evaluate(model, items).losses)
 
 
@@ -141,7 +179,9 @@ def test_of_equally_likely_endings_the_first_is_picked():
 
 def test_empty_endings_lose_by_character_and_count_one_token_otherwise():
     example = Example(0, "a", "b", None, None, ("", "one", "two", "three four"), 0)
-    assert evaluate(Uniform(), [example]).losses_norm[0] == pytest.approx([math.log(50257)] * 4, rel=1e-5)
+    assert evaluate(Uniform(), [example]).losses_norm[0] == pytest.approx(
+        [math.log(50257)] * 4, rel=1e-5
+    )
     result = evaluate(Uniform(), [example], style="lm-eval")
     assert result.losses_norm[0, 0] == math.inf and result.picks_norm[0] == 3
 
@@ -156,8 +196,9 @@ def test_contexts_that_do_not_fit_are_counted_and_cut_on_the_left(items):
     assert result.losses[0, 0] == pytest.approx(losses[-len(ending) :].sum().item(), abs=1e-4)
     too_long = sum(
         len(ENCODING.encode_ordinary(e.ctx)) + len(ENCODING.encode_ordinary(" " + ending)) > 33
-        for e in items for ending in e.endings
-    )  # fmt: skip
+        for e in items
+        for ending in e.endings
+    )
     assert result.truncated == too_long > 0 == evaluate(sharp_gpt(), items).truncated
 
 
@@ -177,9 +218,13 @@ def test_the_model_is_left_as_it_was_and_can_be_trained_on(items):
     assert model.training
     assert np.array_equal(result.losses, expected)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-    with torch.autocast("cpu", torch.bfloat16):  # whose cache must not keep tensors of the evaluation
+    with torch.autocast(
+        "cpu", torch.bfloat16
+    ):  # whose cache must not keep tensors of the evaluation
         evaluate(model, items[:2], dtype=torch.bfloat16)
-        model(torch.ones(1, 8, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64))[1].backward()
+        model(torch.ones(1, 8, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64))[
+            1
+        ].backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -211,18 +256,35 @@ def test_an_evaluation_that_is_told_to_stop_gives_no_number(model, items):
 @pytest.fixture(scope="module")
 def checkpoint(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "best_val_loss.pt"
-    saved = {"format": 1, "model": model.state_dict(), "model_config": asdict(model.config), "step": 12}
+    saved = {
+        "format": 1,
+        "model": model.state_dict(),
+        "model_config": asdict(model.config),
+        "step": 12,
+    }
     torch.save(saved, path)
     return path
 
 
 def command(checkpoint, *more):
-    words = ["--checkpoint", checkpoint, "--data", ITEMS, "--device", "cpu", "--dtype", "float32", *more]
+    words = [
+        "--checkpoint",
+        checkpoint,
+        "--data",
+        ITEMS,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        *more,
+    ]
     return [str(word) for word in words]
 
 
 @pytest.mark.parametrize("style", hellaswag.STYLES)
-def test_the_command_line_prints_and_writes_what_evaluate_returns(style, checkpoint, tmp_path, capsys):
+def test_the_command_line_prints_and_writes_what_evaluate_returns(
+    style, checkpoint, tmp_path, capsys
+):
     model, items = load_checkpoint(checkpoint)[0], load_examples(ITEMS)
     output, lines = tmp_path / "results.json", tmp_path / "each.jsonl"
     more = ("--style", style, "--output", output, "--per_example", lines, "--show", 2)
@@ -231,7 +293,11 @@ def test_the_command_line_prints_and_writes_what_evaluate_returns(style, checkpo
     record = json.loads(output.read_text())
     for key in ("style", "n", "acc", "acc_norm", "acc_stderr", "acc_norm_stderr", "truncated"):
         assert record[key] == expected.summary()[key]
-    assert record["model"] == {"name": str(checkpoint), "step": 12, "parameters": model.num_parameters()}
+    assert record["model"] == {
+        "name": str(checkpoint),
+        "step": 12,
+        "parameters": model.num_parameters(),
+    }
     assert record["data"]["sha256"] == examples.data_sha256(ITEMS)
     assert record["settings"]["dtype"] == "float32" and record["seconds"] > 0
     assert record["versions"]["torch"] == torch.__version__
@@ -243,7 +309,9 @@ def test_the_command_line_prints_and_writes_what_evaluate_returns(style, checkpo
 
     out = capsys.readouterr().out
     assert f"acc_norm  {expected.acc_norm:.4f} +- {expected.acc_norm_stderr:.4f}" in out
-    assert "gpt2-xl " + {"completion": "0.3842 / 0.4893", "lm-eval": "0.4004 / 0.5089"}[style] in out
+    assert (
+        "gpt2-xl " + {"completion": "0.3842 / 0.4893", "lm-eval": "0.4004 / 0.5089"}[style] in out
+    )
     shown = [line for line in out.splitlines() if line.startswith("  *")]
     assert len(shown) == 2
     assert [line.split("  ")[-1] for line in shown] == [e.endings[e.label] for e in items[:2]]
@@ -280,7 +348,9 @@ def fails(capsys, *words):
 
 def test_mistakes_end_in_one_line(checkpoint, tmp_path, capsys):
     assert "no such file" in fails(capsys, *command(tmp_path / "none.pt"))
-    assert "No such file" in fails(capsys, "--checkpoint", checkpoint, "--data", tmp_path / "none.jsonl")
+    assert "No such file" in fails(
+        capsys, "--checkpoint", checkpoint, "--data", tmp_path / "none.jsonl"
+    )
     nowhere = tmp_path / "no" / "r.json"
     assert "is in none that exists" in fails(capsys, *command(checkpoint, "--output", nowhere))
     assert "cuda:77" in fails(capsys, *command(checkpoint, "--device", "cuda:77"))
@@ -293,9 +363,13 @@ def test_mistakes_end_in_one_line(checkpoint, tmp_path, capsys):
     assert "vocabulary of 300 tokens" in fails(capsys, *command(small))
 
 
-def test_without_data_and_network_the_error_says_what_to_do(checkpoint, tmp_path, capsys, monkeypatch):
+def test_without_data_and_network_the_error_says_what_to_do(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(examples, "URL", "http://127.0.0.1:9/hellaswag_{split}.jsonl")
-    monkeypatch.setattr(download, "PATIENCE", Patience(give_up_seconds=0.2, first_wait_seconds=0.05))
+    monkeypatch.setattr(
+        download, "PATIENCE", Patience(give_up_seconds=0.2, first_wait_seconds=0.05)
+    )
     monkeypatch.setenv("HELLASWAG_DIR", str(tmp_path))
     line = fails(capsys, "--checkpoint", checkpoint)
     assert "hellaswag_val.jsonl" in line and "http://127.0.0.1:9/" in line and "--data" in line
@@ -316,6 +390,8 @@ def test_help_answers_without_torch():
         "except SystemExit as stop: assert stop.code == 0\n"
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "0.2955" in done.stdout and "0.5089" in done.stdout

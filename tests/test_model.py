@@ -1,4 +1,5 @@
-"""model.py against transformers.GPT2LMHeadModel, plain formulas on all logits, and loops without a cache."""
+"""model.py against transformers.GPT2LMHeadModel, plain formulas on all logits, and loops without a
+cache."""
 
 import json
 import math
@@ -12,14 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, CheckpointError, GPTConfig, linear, linear_cross_entropy, load_checkpoint
-from pretrain.optim import make_optimizer
+from pretrain.train.optim import make_optimizer
 
 SIZES = {"block_size": 16, "vocab_size": 100, "n_layer": 2, "n_head": 2, "n_embd": 32}
 SMALLEST = {"block_size": 4, "vocab_size": 10, "n_layer": 1, "n_head": 1, "n_embd": 8}
 
 
 def gpt(seed=0, **changes):
-    """A small GPT in eval mode, all of its parameters random: biases, norms, no matrix symmetric."""
+    """A small GPT in eval mode, all of its parameters random: biases, norms, no matrix
+    symmetric."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**SIZES | changes)).eval()
     for name, parameter in model.named_parameters():
@@ -37,18 +39,27 @@ def random_sizes(seed):
     choose = random.Random(seed)
     n_head = choose.choice([1, 2, 4])
     return {
-        "block_size": choose.randint(16, 32), "vocab_size": choose.randint(100, 300),
-        "n_layer": choose.randint(1, 3), "n_head": n_head, "n_embd": n_head * choose.choice([8, 12, 16]),
-    }  # fmt: skip
+        "block_size": choose.randint(16, 32),
+        "vocab_size": choose.randint(100, 300),
+        "n_layer": choose.randint(1, 3),
+        "n_head": n_head,
+        "n_embd": n_head * choose.choice([8, 12, 16]),
+    }
 
 
 def huggingface_config(config):
     from transformers import GPT2Config
 
     return GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.block_size, n_layer=config.n_layer,
-        n_head=config.n_head, n_embd=config.n_embd, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
+        vocab_size=config.vocab_size,
+        n_positions=config.block_size,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
 
 
 def huggingface(config, state=None, seed=0):
@@ -72,13 +83,19 @@ def plain_loss(hidden, weight, targets, weights=None):
     return (losses if weights is None else losses * weights).sum() / (targets >= 0).sum()
 
 
-@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 1), (2, 2), (1, 5), (6, 1), (0, 1), ()], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1,), (1, 1), (3, 1), (2, 2), (1, 5), (6, 1), (0, 1), ()], ids=str
+)
 @pytest.mark.parametrize("out_features", [6, 7])
 @pytest.mark.parametrize("has_bias", [True, False])
 @torch.no_grad()
 def test_a_product_with_any_number_of_rows_is_that_of_torch(shape, out_features, has_bias):
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(*shape, 5), torch.randn(out_features, 5), torch.randn(out_features)
+    x, weight, bias = (
+        torch.randn(*shape, 5),
+        torch.randn(out_features, 5),
+        torch.randn(out_features),
+    )
     bias = bias if has_bias else None
     product = linear(x, weight, bias)
     assert product.shape == (*shape, out_features)
@@ -168,7 +185,9 @@ def test_a_folder_with_pytorch_model_bin_loads_with_and_without_the_prefix(tmp_p
     assert_same_state(GPT.from_pretrained(tmp_path), ours)
     state.pop("lm_head.weight")
     state = {key.removeprefix("transformer."): value for key, value in state.items()}
-    state["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()  # the causal mask, as old files carry it
+    state["h.0.attn.bias"] = torch.ones(
+        1, 1, 16, 16
+    ).tril()  # the causal mask, as old files carry it
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert_same_state(GPT.from_pretrained(tmp_path), ours)
 
@@ -206,8 +225,8 @@ def test_twenty_adamw_steps_are_those_of_transformers_weight_for_weight_and_loss
     for key, value in after.items():
         value, other = value.clone(), theirs_after[key].clone()
         if key.endswith("c_attn.bias"):
-            # The softmax does not see a bias of the keys: its gradient is 0 but for rounding, and Adam
-            # divides that by itself.
+            # The softmax does not see a bias of the keys: its gradient is 0 but for rounding, and
+            # Adam divides that by itself.
             value[32:64] = other[32:64] = 0
         assert (value - other).abs().max() < 2e-5, key
         assert (value - start[key]).abs().max() > 1e-3, key
@@ -329,7 +348,10 @@ def test_padded_tokens_are_never_sampled_even_if_they_would_win():
 def test_the_loss_in_chunks_and_its_gradients_are_those_of_the_plain_formula(kind):
     hidden, weight, targets, weights = loss_inputs(kind)
     losses, gradients = [], []
-    for formula in (plain_loss, lambda h, w, *rest: linear_cross_entropy(h, F.pad(w, (0, 0, 0, 124)), *rest)):
+    for formula in (
+        plain_loss,
+        lambda h, w, *rest: linear_cross_entropy(h, F.pad(w, (0, 0, 0, 124)), *rest),
+    ):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         vocab_size = () if formula is plain_loss else (len(weight),)
         loss = formula(h, w, targets, *vocab_size, weights)
@@ -339,7 +361,9 @@ def test_the_loss_in_chunks_and_its_gradients_are_those_of_the_plain_formula(kin
     assert losses[1].dtype == torch.float32
     torch.testing.assert_close(losses[1], losses[0], atol=1e-6, rtol=1e-6)
     for ours, expected in zip(gradients[1], gradients[0], strict=True):
-        torch.testing.assert_close(ours, expected, atol=1e-3 * expected.abs().mean().item(), rtol=1e-4)
+        torch.testing.assert_close(
+            ours, expected, atol=1e-3 * expected.abs().mean().item(), rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", ["plain", "ignored and weighted"])
@@ -398,7 +422,11 @@ def test_weights_of_sequences_or_tokens_multiply_their_losses(shape):
 
 def test_weights_of_sequences_give_the_mean_of_weighted_losses_of_sequences():
     model = gpt()
-    x, y, weights = tokens(model, 3, 16), tokens(model, 3, 16, seed=1), torch.tensor([0.0, 1.5, 4.0])
+    x, y, weights = (
+        tokens(model, 3, 16),
+        tokens(model, 3, 16, seed=1),
+        torch.tensor([0.0, 1.5, 4.0]),
+    )
     alone = [model(x[i : i + 1], y[i : i + 1])[1] for i in range(3)]
     expected = sum(w * loss for w, loss in zip(weights, alone, strict=True)) / 3
     torch.testing.assert_close(model(x, y, weights)[1], expected)
@@ -415,11 +443,15 @@ def test_score_adds_up_the_plain_losses_and_counts_the_right_and_the_counted():
     model = gpt(block_size=32)
     x = tokens(model, 40, 32)
     logits = model(x)[0]
-    y = torch.where(tokens(model, 40, 32, seed=1) < 30, logits.argmax(-1), tokens(model, 40, 32, seed=2))
+    y = torch.where(
+        tokens(model, 40, 32, seed=1) < 30, logits.argmax(-1), tokens(model, 40, 32, seed=2)
+    )
     y[:, ::5] = -1
     y[0] = -100
     loss, right, counted = model.score(x, y)
-    each = F.cross_entropy(logits.transpose(1, 2), y.clamp(min=-1), ignore_index=-1, reduction="none")
+    each = F.cross_entropy(
+        logits.transpose(1, 2), y.clamp(min=-1), ignore_index=-1, reduction="none"
+    )
     assert loss.item() == pytest.approx(each.double().sum().item(), rel=1e-5)
     assert right == (logits.argmax(-1) == y).sum() > 100
     assert counted == (y >= 0).sum() < y.numel()
@@ -489,7 +521,9 @@ def test_prompts_of_different_lengths_are_continued_as_if_each_were_alone():
 
 def test_past_block_size_the_context_is_the_last_block_size_tokens():
     model = gpt()
-    prompts = [tokens(model, n, seed=n) for n in (12, 3, 30)]  # 30 is more than block_size from the start
+    prompts = [
+        tokens(model, n, seed=n) for n in (12, 3, 30)
+    ]  # 30 is more than block_size from the start
     for prompt in prompts:
         assert torch.equal(model.generate(prompt, 20, temperature=0), recomputed(model, prompt, 20))
     for prompt, row in zip(prompts, model.generate(prompts, 20, temperature=0), strict=True):
@@ -576,7 +610,10 @@ def test_a_row_ends_with_its_stop_token_and_the_stream_when_every_row_has_one():
     rows = model.generate(prompts, 12, temperature=0, stop_token=stop)
     assert [row.tolist() for row in rows] == [row.tolist() for row in expected]
     assert len(expected[0]) < len(free[0])
-    assert len(list(model.stream(prompts[:1], 12, temperature=0, stop_token=stop))) == len(expected[0]) - 4
+    assert (
+        len(list(model.stream(prompts[:1], 12, temperature=0, stop_token=stop)))
+        == len(expected[0]) - 4
+    )
 
     batch = torch.stack((prompts[0], tokens(model, 4, seed=9)))
     filled = model.generate(batch, 12, temperature=0, stop_token=stop)
@@ -597,7 +634,14 @@ def test_generating_in_training_is_without_dropout_and_training_goes_on():
 def test_settings_of_sampling_that_make_no_sense_are_refused():
     model = gpt(**SMALLEST)
     prompt = torch.tensor([1])
-    wrong = ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}, {"slide": 0}, {"slide": 5})
+    wrong = (
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"slide": 0},
+        {"slide": 5},
+    )
     for sampling in wrong:
         with pytest.raises(ValueError, match=next(iter(sampling))):
             model.generate(prompt, 1, **sampling)
@@ -659,7 +703,12 @@ def test_weights_begin_as_the_paper_says():
             assert values.std().item() == pytest.approx(expected, rel=0.05), name
             assert abs(values.mean().item()) < 5 * expected / math.sqrt(values.numel()), name
             assert values.abs().max() > 2.5 * expected, name  # normal, not uniform
-    assert {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_proj.weight", "transformer.wpe.weight"} <= seen
+    assert {
+        "attn.c_attn.weight",
+        "attn.c_proj.weight",
+        "mlp.c_proj.weight",
+        "transformer.wpe.weight",
+    } <= seen
     assert not model.transformer.wte.weight[300:].any()
     assert model(tokens(model, 4, 32), tokens(model, 4, 32, seed=1))[1].item() == pytest.approx(
         math.log(300), abs=0.1
@@ -684,7 +733,8 @@ def test_a_seed_gives_the_same_weights_however_the_vocabulary_is_padded(monkeypa
 
 
 def test_flops_per_token_by_hand():
-    # Token table 100 * 32 = 3200, two blocks of 12 * 32 ** 2 + 13 * 32 = 12704, last norm 64: 28672.
+    # Token table 100 * 32 = 3200, two blocks of 12 * 32 ** 2 + 13 * 32 = 12704, last norm 64:
+    # 28672.
     model = gpt()
     assert model.num_parameters() == 28672 + 16 * 32
     assert model.flops_per_token() == 6 * 28672 + 12 * 2 * 32 * 16 == 184320
@@ -703,7 +753,12 @@ def test_gpt2_has_124_million_parameters():
 
 
 def save(model, path, /, **changes):
-    checkpoint = {"format": 1, "model": model.state_dict(), "model_config": asdict(model.config), "step": 20}
+    checkpoint = {
+        "format": 1,
+        "model": model.state_dict(),
+        "model_config": asdict(model.config),
+        "step": 20,
+    }
     torch.save(checkpoint | changes, path)
     return path
 
@@ -724,7 +779,9 @@ def test_a_checkpoint_comes_back_as_the_model_and_the_dict(tmp_path):
     assert_same_state(load_checkpoint(str(path))[0], model)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
 def test_prefixes_of_wrappers_are_dropped(prefix, tmp_path):
     model = gpt()
     state = {prefix + key: value for key, value in model.state_dict().items()}
@@ -736,7 +793,9 @@ def test_a_checkpoint_of_nanogpt_loads(tmp_path):
     state = {"_orig_mod." + key: value for key, value in model.state_dict().items()}
     state["_orig_mod.transformer.wte.weight"] = state["_orig_mod.transformer.wte.weight"][:100]
     state["_orig_mod.lm_head.weight"] = state["_orig_mod.transformer.wte.weight"]
-    torch.save({"model": state, "model_args": asdict(model.config), "iter_num": 5}, tmp_path / "ckpt.pt")
+    torch.save(
+        {"model": state, "model_args": asdict(model.config), "iter_num": 5}, tmp_path / "ckpt.pt"
+    )
     assert_same_state(load_checkpoint(tmp_path / "ckpt.pt")[0], model)
 
 
@@ -756,7 +815,10 @@ class Hostile:
 def test_a_hostile_pickle_is_refused_and_does_nothing(writer, tmp_path):
     created, path = tmp_path / "created", tmp_path / "hostile.pt"
     model = gpt(**SMALLEST)
-    writer({"model": model.state_dict(), "model_config": asdict(model.config), "x": Hostile(created)}, path)
+    writer(
+        {"model": model.state_dict(), "model_config": asdict(model.config), "x": Hostile(created)},
+        path,
+    )
     with pytest.raises(CheckpointError, match="hostile"):
         load_checkpoint(path)
     (tmp_path / "config.json").write_text(json.dumps(huggingface_config(model.config).to_dict()))
@@ -811,9 +873,23 @@ def test_a_file_of_another_kind_is_named(tmp_path):
         {"model": {3: torch.ones(2, 2)}, "model_config": SMALLEST},
         {"model": {"transformer.wte.weight": "x"}, "model_config": SMALLEST},
         {"model": {"transformer.wte.weight": torch.ones(3)}, "model_config": SMALLEST},
-        {"model": {"transformer.wte.weight": torch.ones(10, 8)}, "model_config": SMALLEST | {"n_layer": "1"}},
+        {
+            "model": {"transformer.wte.weight": torch.ones(10, 8)},
+            "model_config": SMALLEST | {"n_layer": "1"},
+        },
     ],
-    ids=["foreign", "list", "tensor", "empty", "config", "heads", "number", "text", "vector", "text size"],
+    ids=[
+        "foreign",
+        "list",
+        "tensor",
+        "empty",
+        "config",
+        "heads",
+        "number",
+        "text",
+        "vector",
+        "text size",
+    ],
 )
 def test_a_dict_that_is_no_checkpoint_is_named(content, tmp_path):
     torch.save(content, tmp_path / "foreign.pt")

@@ -1,7 +1,9 @@
-"""Every command of README is run, in its order, by its own words with a few smaller numbers behind them.
+"""Every command of README is run, in its order, by its own words with a few smaller numbers behind
+them.
 
-A copy of the project in a temporary folder is the working directory, and a server on the loopback interface
-the Hugging Face Hub. `make quickstart` is not run here (CI runs it), nor is `make test`, which runs this.
+A copy of the project in a temporary folder is the working directory, and a server on the loopback
+interface the Hugging Face Hub. `make quickstart` is not run here (CI runs it), nor is `make test`,
+which runs this.
 """
 
 import io
@@ -24,9 +26,17 @@ from model import GPT, GPTConfig
 
 ITEMS = "tests/data/hellaswag_items.jsonl"
 COPIED = (
-    "fineweb.py", "train_gpt2.py", "hellaswag.py", "sample.py", "model.py", "input.txt", "pretrain",
-    "adapters", "configs", ITEMS,
-)  # fmt: skip
+    "fineweb.py",
+    "train_gpt2.py",
+    "hellaswag.py",
+    "sample.py",
+    "model.py",
+    "input.txt",
+    "pretrain",
+    "adapters",
+    "configs",
+    ITEMS,
+)
 SIZES = "--n_layer 1 --n_head 2 --n_embd 16"
 SHAPE = "--block_size 32 --batch_size 2"
 LENGTH = "--max_iters 4 --warmup_iters 1 --lr_decay_iters 4 --eval_interval 2 --eval_iters 2"
@@ -60,33 +70,50 @@ class Sandbox:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, target)
         self.environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HOME": str(folder / "hf"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HOME": str(folder / "hf"),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
             "HF_ENDPOINT": "http://127.0.0.1:9",  # nothing answers there
-        }  # fmt: skip
+        }
 
     def run(self, command, stdin=""):
         """What a command of README, as a string or as words, prints when it is made smaller."""
         words = command.split() if isinstance(command, str) else list(command)
-        program = next(word for word in words if word.endswith(".py") or re.match("adapters|pretrain", word))
+        program = next(
+            word for word in words if word.endswith(".py") or re.match("adapters|pretrain", word)
+        )
         more = SMALLER.get(program, "")
         for some, flags in EXCEPTIONS.items():
             if some in " ".join(words):
                 more = flags
-        words = ["--nproc_per_node=2" if word.startswith("--nproc_per_node") else word for word in words]
-        start = {"python": [], "torchrun": ["-m", "torch.distributed.run", "--standalone"]}[words[0]]
+        words = [
+            "--nproc_per_node=2" if word.startswith("--nproc_per_node") else word for word in words
+        ]
+        start = {"python": [], "torchrun": ["-m", "torch.distributed.run", "--standalone"]}[
+            words[0]
+        ]
         words = [sys.executable, *start, *words[1:], *more.split()]
         done = subprocess.run(
-            words, cwd=self.folder, env=self.environment, input=stdin, capture_output=True, text=True,
-            timeout=280, check=False,
-        )  # fmt: skip
+            words,
+            cwd=self.folder,
+            env=self.environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
 
 def section(title):
     """The commands under a heading of README that start Python, word by word."""
-    text = re.search(rf"^##+ {re.escape(title)}\n(.*?)(?=^##)", README, re.MULTILINE | re.DOTALL).group(1)
+    text = re.search(
+        rf"^##+ {re.escape(title)}\n(.*?)(?=^##)", README, re.MULTILINE | re.DOTALL
+    ).group(1)
     found = [words for words in commands(text) if words[0] in ("python", "torchrun")]
     assert found
     return found
@@ -107,13 +134,21 @@ def sandbox(tmp_path):
 
 def test_this_file_runs_every_command_that_starts_python():
     titles = (
-        "1. Shards: `fineweb.py`", "2. Training: `train_gpt2.py`", "3. Accuracy: `hellaswag.py`",
-        "Your own text, a laptop", "Other trainers, other tools",
-    )  # fmt: skip
+        "1. Shards: `fineweb.py`",
+        "2. Training: `train_gpt2.py`",
+        "3. Accuracy: `hellaswag.py`",
+        "Your own text, a laptop",
+        "Other trainers, other tools",
+    )
     run_here = [words for title in titles for words in section(title)]
-    assert {"fineweb.py", "train_gpt2.py", "hellaswag.py", "sample.py"} <= {words[1] for words in run_here}
+    assert {"fineweb.py", "train_gpt2.py", "hellaswag.py", "sample.py"} <= {
+        words[1] for words in run_here
+    }
     assert run_here == [words for words in commands() if words[0] in ("python", "torchrun")]
-    assert [words for words in commands() if words[0] == "make"] == [["make", "quickstart"], ["make", "test"]]
+    assert [words for words in commands() if words[0] == "make"] == [
+        ["make", "quickstart"],
+        ["make", "test"],
+    ]
 
 
 def test_the_commands_that_make_shards(sandbox):
@@ -126,7 +161,9 @@ def test_the_commands_that_make_shards(sandbox):
     with LoopbackHub(dict.fromkeys(names, files)) as hub:
         sandbox.environment["HF_ENDPOINT"] = hub.url
         for words in section("1. Shards: `fineweb.py`"):
-            if "--max_tokens" in words:  # another size than that of the first command, in the same folder
+            if (
+                "--max_tokens" in words
+            ):  # another size than that of the first command, in the same folder
                 words = [*words, "--out_dir", "data/first"]
             sandbox.run(words)
     folders = {path.parent.name for path in sandbox.folder.glob("data/*/*_train_000001.npy")}
@@ -139,7 +176,9 @@ def test_the_commands_that_train_and_score(sandbox):
         sandbox.run(words)
     assert (sandbox.folder / "checkpoints" / "gpt2-124m" / "final_model.pt").is_file()
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    subprocess.run([sys.executable, "-c", code], cwd=sandbox.folder, env=sandbox.environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=sandbox.folder, env=sandbox.environment, check=True
+    )
     for name in ("gpt2", "gpt2-xl"):
         save_tiny_model(sandbox.folder, name)
     printed = "".join(map(sandbox.run, section("3. Accuracy: `hellaswag.py`")))

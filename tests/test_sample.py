@@ -1,4 +1,5 @@
-"""Texts from a model, against greedy loops over transformers' GPT-2, tiktoken's decoder, and a terminal."""
+"""Texts from a model, against greedy loops over transformers' GPT-2, tiktoken's decoder, and a
+terminal."""
 
 import io
 import os
@@ -13,8 +14,8 @@ import torch
 
 import sample
 from model import GPT, GPTConfig
-from pretrain.sampling import encode_prompt, sample_text, stream_texts
-from pretrain.tokenizer import END_OF_TEXT, load_encoding
+from pretrain.eval.sampling import encode_prompt, sample_text, stream_texts
+from pretrain.tokens.tokenizer import END_OF_TEXT, load_encoding
 
 ROOT = Path(__file__).parent.parent
 ENCODING = load_encoding()
@@ -25,14 +26,16 @@ DEFAULTS = ["--device", "cpu", "--dtype", "float32"]
 
 def save(model, path):
     torch.save(
-        {"format": 1, "model": model.state_dict(), "model_config": asdict(model.config), "step": 7}, path
+        {"format": 1, "model": model.state_dict(), "model_config": asdict(model.config), "step": 7},
+        path,
     )
     return path
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Larger weights than GPT-2's initialisation, so that each context has favourites of its own."""
+    """Larger weights than GPT-2's initialisation, so that each context has favourites of its
+    own."""
     torch.manual_seed(3)
     model = GPT(CONFIG).eval()
     for parameter in model.parameters():
@@ -48,7 +51,8 @@ def checkpoint(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def by_hand(model):
-    """prompt -> prompt and what transformers' GPT-2 finds likeliest, computed anew for every token."""
+    """prompt -> prompt and what transformers' GPT-2 finds likeliest, computed anew for every
+    token."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(n_positions=48, n_layer=2, n_head=2, n_embd=8)
@@ -71,7 +75,8 @@ def by_hand(model):
 
 @pytest.fixture
 def run(checkpoint, capsys):
-    """sample.py in this process, with a checkpoint unless a model is named: (exit status, output, errors)."""
+    """sample.py in this process, with a checkpoint unless a model is named: (exit status, output,
+    errors)."""
 
     def run(*argv, tokens=NEW):
         argv = [str(argument) for argument in argv]
@@ -101,7 +106,9 @@ class Script:
         for step in range(max_new_tokens):
             if len(ended) == len(self.rows):
                 return
-            tokens = [row[step] if i not in ended else stop_token for i, row in enumerate(self.rows)]
+            tokens = [
+                row[step] if i not in ended else stop_token for i, row in enumerate(self.rows)
+            ]
             ended |= {i for i, token in enumerate(tokens) if token == stop_token}
             yield torch.tensor(tokens)
 
@@ -125,7 +132,9 @@ def test_a_character_made_of_several_tokens_comes_whole():
 
 def test_any_tokens_give_the_text_that_tiktoken_decodes_them_to():
     draw = random.Random(5)
-    pieces_of_characters = [i for i in range(END_OF_TEXT) if len(ENCODING.decode_single_token_bytes(i)) <= 2]
+    pieces_of_characters = [
+        i for i in range(END_OF_TEXT) if len(ENCODING.decode_single_token_bytes(i)) <= 2
+    ]
     for _ in range(100):
         rows = [[draw.choice(pieces_of_characters) for _ in range(20)] for _ in range(3)]
         steps = list(stream_texts(Script(*rows), ENCODING, ["a", "b", "c"], 20))
@@ -160,7 +169,10 @@ def test_the_command_prints_the_prompt_and_its_continuation(run, by_hand):
     assert run("--prompt", "The mill", "--top_k", 1)[1] == by_hand("The mill") + "\n"
     assert run("--prompt", "The mill", "--top_p", 1e-6)[1] == by_hand("The mill") + "\n"
     assert run("--prompt", "", "--temperature", 0)[1] == by_hand("") + "\n"
-    assert run("--prompt", "The mill", "--temperature", 0, tokens=5)[1] == by_hand("The mill", 5) + "\n"
+    assert (
+        run("--prompt", "The mill", "--temperature", 0, tokens=5)[1]
+        == by_hand("The mill", 5) + "\n"
+    )
 
 
 def test_texts_and_prompts_may_be_longer_than_the_context(run, by_hand):
@@ -170,17 +182,23 @@ def test_texts_and_prompts_may_be_longer_than_the_context(run, by_hand):
     assert beyond.startswith(inside) and len(beyond) > 2 * len(inside)
     prompt = "word " * 100
     status, output, errors = run("--prompt", prompt)
-    assert (status, errors) == (0, "") and output.startswith(prompt) and len(output) > len(prompt) + 1
+    assert (
+        (status, errors) == (0, "") and output.startswith(prompt) and len(output) > len(prompt) + 1
+    )
 
 
 def test_prompts_of_different_lengths_in_a_file_get_what_each_gets_alone(run, by_hand, tmp_path):
     prompts = ["The mill stood\nby the river", "Yes", "At the end of the lane, nobody had ever"]
     file = tmp_path / "prompts.txt"
     file.write_bytes(
-        b"\xef\xbb\xbf" + "\r\n<|endoftext|>\r\n".join(prompts).replace("\nby", "\r\nby").encode() + b"\n"
+        b"\xef\xbb\xbf"
+        + "\r\n<|endoftext|>\r\n".join(prompts).replace("\nby", "\r\nby").encode()
+        + b"\n"
     )
     for batch_size in (1, 2, 8):
-        status, output, _ = run("--prompt_file", file, "--temperature", 0, "--batch_size", batch_size)
+        status, output, _ = run(
+            "--prompt_file", file, "--temperature", 0, "--batch_size", batch_size
+        )
         assert (status, texts(output)) == (0, [by_hand(prompt) for prompt in prompts])
 
 
@@ -227,7 +245,9 @@ def test_lines_from_a_pipe_are_prompts_until_an_empty_one(run, by_hand, monkeypa
     assert run("--temperature", 0)[:2] == (0, by_hand("Yes") + "\n")
 
 
-def test_interrupting_a_text_asks_for_the_next_and_interrupting_the_question_ends(monkeypatch, capsys):
+def test_interrupting_a_text_asks_for_the_next_and_interrupting_the_question_ends(
+    monkeypatch, capsys
+):
     answers = iter(["first", "second", KeyboardInterrupt])
 
     def answer(question):
@@ -267,7 +287,10 @@ def test_a_folder_in_the_hugging_face_format_and_a_runs_folder_serve_too(
         (["--checkpoint", "nowhere.pt"], "nowhere.pt: no such file"),
         (["--checkpoint", "."], "neither best_val_loss.pt nor final_model.pt"),
         (["--checkpoint", "damaged.pt"], "damaged.pt: damaged"),
-        (["--checkpoint", "letters.pt"], "a vocabulary of 65 tokens, but GPT-2's tokenizer has 50257"),
+        (
+            ["--checkpoint", "letters.pt"],
+            "a vocabulary of 65 tokens, but GPT-2's tokenizer has 50257",
+        ),
         (["--model", "./nowhere"], "no such folder"),
         (["--prompt_file", "empty.txt"], "empty.txt: no prompt in it"),
         (["--prompt_file", "latin1.txt"], "latin1.txt: not UTF-8 at byte 2"),
@@ -318,14 +341,29 @@ def test_help_loads_neither_torch_nor_a_tokenizer():
         "except SystemExit as stop: assert stop.code == 0\n"
         "sys.exit(str({'torch', 'tiktoken', 'numpy'} & set(sys.modules) or ''))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.stderr.strip() == "" and "--prompt_file" in done.stdout
 
 
 def test_a_closed_pipe_ends_it_quietly(checkpoint):
-    argv = [sys.executable, "sample.py", "--checkpoint", str(checkpoint), "--prompt", "The mill stood",
-            "--stream", "--max_new_tokens", "100000", "--temperature", "1"]  # fmt: skip
-    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    argv = [
+        sys.executable,
+        "sample.py",
+        "--checkpoint",
+        str(checkpoint),
+        "--prompt",
+        "The mill stood",
+        "--stream",
+        "--max_new_tokens",
+        "100000",
+        "--temperature",
+        "1",
+    ]
+    with subprocess.Popen(
+        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout.read(14) == b"The mill stood"
         process.stdout.close()
         assert process.stderr.read() == b""

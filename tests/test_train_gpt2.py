@@ -1,4 +1,5 @@
-"""train_gpt2.py as its users run it: small models, real processes where a kill or a second rank is needed."""
+"""train_gpt2.py as its users run it: small models, real processes where a kill or a second rank is
+needed."""
 
 import json
 import math
@@ -19,14 +20,40 @@ from free_port import free_port
 
 import train_gpt2
 from model import GPT, GPTConfig
-from pretrain.runlog import last_per_step, read_log
-from pretrain.schedule import learning_rate
-from pretrain.settings import build_parser
+from pretrain.report.runlog import last_per_step, read_log
+from pretrain.train.schedule import learning_rate
+from pretrain.train.settings import build_parser
 
 ROOT = Path(__file__).parent.parent
-MODEL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size", "16", "--batch_size", "2"]
-RUN = ["--warmup_iters", "2", "--lr_decay_iters", "12", "--learning_rate", "3e-2", "--min_lr", "3e-3",
-       "--eval_interval", "4", "--eval_iters", "2", "--log_interval", "1", "--no-hellaswag"]  # fmt: skip
+MODEL = [
+    "--n_layer",
+    "1",
+    "--n_head",
+    "2",
+    "--n_embd",
+    "16",
+    "--block_size",
+    "16",
+    "--batch_size",
+    "2",
+]
+RUN = [
+    "--warmup_iters",
+    "2",
+    "--lr_decay_iters",
+    "12",
+    "--learning_rate",
+    "3e-2",
+    "--min_lr",
+    "3e-3",
+    "--eval_interval",
+    "4",
+    "--eval_iters",
+    "2",
+    "--log_interval",
+    "1",
+    "--no-hellaswag",
+]
 ONE_RANK = ["--gradient_accumulation_steps", "2", "--dropout", "0.1"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -69,14 +96,17 @@ COMPARED = {
 
 
 def assert_same_run(out_dir, whole):
-    """Losses, learning rates and gradient norms of every step, validation losses, weights and moments, bit
-    for bit."""
+    """Losses, learning rates and gradient norms of every step, validation losses, weights and
+    moments, bit for bit."""
     for event, names in COMPARED.items():
         mine, theirs = (
-            [[r[name] for name in names] for r in records(folder, event)] for folder in (out_dir, whole)
+            [[r[name] for name in names] for r in records(folder, event)]
+            for folder in (out_dir, whole)
         )
         assert mine == theirs, event
-    mine, theirs = (torch.load(folder / "final_model.pt", weights_only=True) for folder in (out_dir, whole))
+    mine, theirs = (
+        torch.load(folder / "final_model.pt", weights_only=True) for folder in (out_dir, whole)
+    )
     assert mine["step"] == theirs["step"] and mine["best_val_loss"] == theirs["best_val_loss"]
     for name, weight in theirs["model"].items():
         assert torch.equal(mine["model"][name], weight), name
@@ -91,13 +121,28 @@ def assert_same_run(out_dir, whole):
 def test_every_flag_that_users_know_is_there_with_its_default():
     args = vars(build_parser().parse_args([]))
     known = {
-        "batch_size": 8, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.0,
-        "learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 2000, "lr_decay_iters": 600000,
+        "batch_size": 8,
+        "block_size": 1024,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "dropout": 0.0,
+        "learning_rate": 6e-4,
+        "min_lr": 6e-5,
+        "warmup_iters": 2000,
+        "lr_decay_iters": 600000,
         "max_iters": 600000,
-        "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "gradient_accumulation_steps": 5,
-        "eval_interval": 2000, "eval_iters": 200, "keep_checkpoints": 3, "out_dir": "checkpoints",
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "grad_clip": 1.0,
+        "gradient_accumulation_steps": 5,
+        "eval_interval": 2000,
+        "eval_iters": 200,
+        "keep_checkpoints": 3,
+        "out_dir": "checkpoints",
         "resume": "auto",
-    }  # fmt: skip
+    }
     assert {name: args[name] for name in known} == known
     assert {
         "eval_only",
@@ -117,16 +162,41 @@ def test_all_problems_are_reported_at_once_and_nothing_is_started(tmp_path, capf
     assert train_gpt2.main([*wrong, "--out_dir", str(out_dir)]) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 5 and all(line.startswith("train_gpt2.py: error: ") for line in lines)
-    wrong = ["--n_embd", "30", "--n_head", "4", "--min_lr", "1", "--device", "cuda:77", "--resume", "gone.pt",
-             "--warmup_iters", "9", "--lr_decay_iters", "8", "--total_batch_tokens", "1000",
-             "--data_dir", str(tmp_path / "none"), "--hellaswag_data", "gone.jsonl"]  # fmt: skip
+    wrong = [
+        "--n_embd",
+        "30",
+        "--n_head",
+        "4",
+        "--min_lr",
+        "1",
+        "--device",
+        "cuda:77",
+        "--resume",
+        "gone.pt",
+        "--warmup_iters",
+        "9",
+        "--lr_decay_iters",
+        "8",
+        "--total_batch_tokens",
+        "1000",
+        "--data_dir",
+        str(tmp_path / "none"),
+        "--hellaswag_data",
+        "gone.jsonl",
+    ]
     assert train_gpt2.main([*wrong, "--out_dir", str(out_dir)]) == 2
     error = capfd.readouterr().err
     assert len(error.splitlines()) == 8
     for part in (
-        "--n_embd 30", "--min_lr 1.0", "--device cuda:77", "--resume gone.pt", "--warmup_iters 9",
-        "--total_batch_tokens 1000: not a multiple of 8192", "fineweb.py", "gone.jsonl",
-    ):  # fmt: skip
+        "--n_embd 30",
+        "--min_lr 1.0",
+        "--device cuda:77",
+        "--resume gone.pt",
+        "--warmup_iters 9",
+        "--total_batch_tokens 1000: not a multiple of 8192",
+        "fineweb.py",
+        "gone.jsonl",
+    ):
         assert part in error
     assert not out_dir.exists()
 
@@ -134,7 +204,10 @@ def test_all_problems_are_reported_at_once_and_nothing_is_started(tmp_path, capf
 def test_a_batch_that_the_ranks_cannot_share_is_refused(flags, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert (
-        train_gpt2.main([*flags[:-4], "--total_batch_tokens", "128", "--out_dir", str(tmp_path / "out")]) == 2
+        train_gpt2.main(
+            [*flags[:-4], "--total_batch_tokens", "128", "--out_dir", str(tmp_path / "out")]
+        )
+        == 2
     )
     assert "--total_batch_tokens 128: not a multiple of 96" in capfd.readouterr().err
 
@@ -145,7 +218,11 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(flags, tmp_path, capfd, 
 def test_a_run_leaves_checkpoints_settings_and_a_log(whole, flags, data):
     names = sorted(path.name for path in whole.iterdir() if not path.name.startswith("."))
     iterations = [name for name in names if name.startswith("iter-")]
-    assert [int(re.match(r"iter-(\d+)-loss-\d+\.\d{4}\.pt", name)[1]) for name in iterations] == [12, 4, 8]
+    assert [int(re.match(r"iter-(\d+)-loss-\d+\.\d{4}\.pt", name)[1]) for name in iterations] == [
+        12,
+        4,
+        8,
+    ]
     assert set(names) - set(iterations) == {
         "best_val_loss.pt",
         "final_model.pt",
@@ -166,7 +243,9 @@ def test_a_run_leaves_checkpoints_settings_and_a_log(whole, flags, data):
     for r in train:
         schedule = {"max_lr": 3e-2, "min_lr": 3e-3, "warmup_iters": 2, "lr_decay_iters": 12}
         assert r["learning_rate"] == learning_rate(r["step"] - 1, **schedule)
-        assert r["tokens"] == r["step"] * 2 * 2 * 16 and r["epoch"] == pytest.approx(r["step"] * 4 / 99)
+        assert r["tokens"] == r["step"] * 2 * 2 * 16 and r["epoch"] == pytest.approx(
+            r["step"] * 4 / 99
+        )
         assert r["mfu"] is None and r["tokens_per_second"] > 0 and r["grad_norm"] > 0
         assert r["tokens_per_second"] == pytest.approx(64 / (r["milliseconds_per_step"] / 1000))
     first, last = evaluations[0], evaluations[-1]
@@ -174,7 +253,10 @@ def test_a_run_leaves_checkpoints_settings_and_a_log(whole, flags, data):
         first["val_loss"] == pytest.approx(math.log(50257), abs=0.1)
         and last["val_loss"] < first["val_loss"] - 1
     )
-    assert last["perplexity"] == pytest.approx(math.exp(last["val_loss"])) and 0 <= last["accuracy"] <= 1
+    assert (
+        last["perplexity"] == pytest.approx(math.exp(last["val_loss"]))
+        and 0 <= last["accuracy"] <= 1
+    )
 
 
 def test_checkpoints_load_as_documented(whole):
@@ -200,15 +282,25 @@ def test_validation_is_the_mean_over_its_fixed_windows(whole, data):
         logits = model(x)[0][0]
         losses.append(torch.nn.functional.cross_entropy(logits, y).item())
         right += (logits.argmax(-1) == y).sum().item()
-    assert checkpoint["val_loss"] == pytest.approx(np.mean(losses), abs=0.02), "bfloat16 where it is native"
+    assert checkpoint["val_loss"] == pytest.approx(np.mean(losses), abs=0.02), (
+        "bfloat16 where it is native"
+    )
     assert records(whole, "eval")[-1]["accuracy"] == pytest.approx(right / 64, abs=0.05)
 
 
 def test_losses_are_those_of_transformers_gpt2_trained_by_a_plain_loop(data, tmp_path):
-    """Same initial weights, same batches, 20 updates: transformers' model, F.cross_entropy on all logits,
-    torch's AdamW with two parameter groups, the schedule and the clipping written out."""
+    """Same initial weights, same batches, 20 updates: transformers' model, F.cross_entropy on all
+    logits, torch's AdamW with two parameter groups, the schedule and the clipping written out."""
     transformers = pytest.importorskip("transformers")
-    flags = [*MODEL, *RUN, "--gradient_accumulation_steps", "1", "--dtype", "float32", "--no-shuffle"]
+    flags = [
+        *MODEL,
+        *RUN,
+        "--gradient_accumulation_steps",
+        "1",
+        "--dtype",
+        "float32",
+        "--no-shuffle",
+    ]
     flags += [
         "--data_dir",
         str(data),
@@ -230,18 +322,27 @@ def test_losses_are_those_of_transformers_gpt2_trained_by_a_plain_loop(data, tmp
     decayed = [p for p in theirs.parameters() if p.dim() >= 2]
     others = [p for p in theirs.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
     )
-    tokens = np.concatenate([np.load(data / f"t_train_00000{i}.npy") for i in (1, 2)]).astype(np.int64)
+    tokens = np.concatenate([np.load(data / f"t_train_00000{i}.npy") for i in (1, 2)]).astype(
+        np.int64
+    )
     losses = []
     for step in range(20):
-        rows = torch.stack([torch.from_numpy(tokens[i * 16 : i * 16 + 17]) for i in (2 * step, 2 * step + 1)])
+        rows = torch.stack(
+            [torch.from_numpy(tokens[i * 16 : i * 16 + 17]) for i in (2 * step, 2 * step + 1)]
+        )
         logits = theirs(rows[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         progress = min(1, max(0, (step - 2) / 10))
-        rate = 3e-2 * (step + 1) / 3 if step < 2 else 3e-3 + 27e-3 * (1 + math.cos(math.pi * progress)) / 2
+        rate = (
+            3e-2 * (step + 1) / 3
+            if step < 2
+            else 3e-3 + 27e-3 * (1 + math.cos(math.pi * progress)) / 2
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -265,10 +366,16 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on_from_it(flags, whole, t
     assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.parametrize(("where", "number"), [("step", signal.SIGTERM), ("evaluation", signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("where", "number"), [("step", signal.SIGTERM), ("evaluation", signal.SIGINT)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on_exactly(flags, whole, tmp_path, where, number):
     command = [*flags, "--max_iters", "12", "--out_dir", str(tmp_path)]
-    seed_dropout, evaluate, evaluations = train_gpt2.seed_dropout, train_gpt2.validation.evaluate, []
+    seed_dropout, evaluate, evaluations = (
+        train_gpt2.seed_dropout,
+        train_gpt2.validation.evaluate,
+        [],
+    )
 
     def seed_and_signal(seed, step, micro_batch):
         if (step, micro_batch) == (6, 0):  # the first of two micro-steps
@@ -287,7 +394,9 @@ def test_a_signal_saves_and_the_same_command_goes_on_exactly(flags, whole, tmp_p
         else:
             patch.setattr(train_gpt2.validation, "evaluate", evaluate_and_signal)
         assert train_gpt2.main(command) == 128 + number
-    assert torch.load(tmp_path / "resume.pt", weights_only=True)["step"] == (6 if where == "step" else 8)
+    assert torch.load(tmp_path / "resume.pt", weights_only=True)["step"] == (
+        6 if where == "step" else 8
+    )
     assert read_log(tmp_path / "metrics.jsonl")[-1]["reason"] == f"signal {int(number)}"
     assert train_gpt2.main(command) == 0
     assert_same_run(tmp_path, whole)
@@ -298,7 +407,8 @@ KILLED_RUNS = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import train_gpt2
-from pretrain import checkpoint, stopping
+from pretrain.train import checkpoint
+from pretrain.train import stopping
 
 def die(*arguments, **named):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -338,10 +448,14 @@ for kill in (in_a_step, in_a_save, in_a_later_save):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_in_a_step_or_in_a_save_a_run_ends_as_if_it_had_not_been(flags, whole, tmp_path):
-    code = KILLED_RUNS.format(root=str(ROOT), folder=str(tmp_path), flags=[*flags, "--max_iters", "12"])
+    code = KILLED_RUNS.format(
+        root=str(ROOT), folder=str(tmp_path), flags=[*flags, "--max_iters", "12"]
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, timeout=240)
     for name in ("in_a_step", "in_a_save", "in_a_later_save"):
-        steps = [r["step"] for r in read_log(tmp_path / name / "metrics.jsonl") if r["event"] == "train"]
+        steps = [
+            r["step"] for r in read_log(tmp_path / name / "metrics.jsonl") if r["event"] == "train"
+        ]
         assert len(steps) > 12, "steps after the last checkpoint were made again"
         assert_same_run(tmp_path / name, whole)
 
@@ -369,7 +483,9 @@ def test_sigterm_from_outside_ends_the_process_with_143_and_a_checkpoint(flags, 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(flags, whole, tmp_path, capfd):
     command = [*flags, "--out_dir", str(tmp_path)]
     assert train_gpt2.main([*command, "--max_iters", "8"]) == 0
-    newest = next(tmp_path.glob("iter-8-*.pt"))  # best_val_loss.pt and final_model.pt are the same file
+    newest = next(
+        tmp_path.glob("iter-8-*.pt")
+    )  # best_val_loss.pt and final_model.pt are the same file
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     with open(newest, "r+b") as file:
@@ -380,14 +496,32 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(flags, whole, 
     assert_same_run(tmp_path, whole)
 
 
-def test_another_model_data_batch_or_order_is_refused_with_all_that_differs(flags, whole, tmp_path, capfd):
+def test_another_model_data_batch_or_order_is_refused_with_all_that_differs(
+    flags, whole, tmp_path, capfd
+):
     other = str(write_data(tmp_path / "other", seed=9))
     before = sorted(path.name for path in whole.iterdir())
-    changed = ["--n_layer", "2", "--data_dir", other, "--batch_size", "4", "--seed", "5", "--no-shuffle"]
+    changed = [
+        "--n_layer",
+        "2",
+        "--data_dir",
+        other,
+        "--batch_size",
+        "4",
+        "--seed",
+        "5",
+        "--no-shuffle",
+    ]
     assert train_gpt2.main([*flags, *changed, "--max_iters", "20", "--out_dir", str(whole)]) == 1
     error = capfd.readouterr().err
-    for part in ("n_layer: 1 in the checkpoint, 2 now", "data: ", "seed: 1337", "shuffle: True", "--out_dir",
-                 "tokens per update: 64 in the checkpoint, 128 now"):  # fmt: skip
+    for part in (
+        "n_layer: 1 in the checkpoint, 2 now",
+        "data: ",
+        "seed: 1337",
+        "shuffle: True",
+        "--out_dir",
+        "tokens per update: 64 in the checkpoint, 128 now",
+    ):
         assert part in error
     assert sorted(path.name for path in whole.iterdir()) == before
 
@@ -406,7 +540,9 @@ def test_the_same_batch_in_other_pieces_goes_on(flags, whole, tmp_path):
     ("interval", "steps"),
     [(["--checkpoint_interval", "2"], [2, 4]), (["--checkpoint_minutes", "1e-9"], [1, 2, 3, 4, 5])],
 )
-def test_saves_between_evaluations_keep_to_their_intervals(flags, tmp_path, monkeypatch, interval, steps):
+def test_saves_between_evaluations_keep_to_their_intervals(
+    flags, tmp_path, monkeypatch, interval, steps
+):
     saved, save = [], train_gpt2.checkpoints.save
 
     def noted_save(path, state):
@@ -414,7 +550,16 @@ def test_saves_between_evaluations_keep_to_their_intervals(flags, tmp_path, monk
         save(path, state)
 
     monkeypatch.setattr(train_gpt2.checkpoints, "save", noted_save)
-    command = [*flags, *interval, "--eval_interval", "0", "--max_iters", "5", "--out_dir", str(tmp_path)]
+    command = [
+        *flags,
+        *interval,
+        "--eval_interval",
+        "0",
+        "--max_iters",
+        "5",
+        "--out_dir",
+        str(tmp_path),
+    ]
     assert train_gpt2.main(command) == 0
     assert saved == [*(("resume.pt", step) for step in steps), ("final_model.pt", 5)]
 
@@ -423,7 +568,9 @@ def test_saves_between_evaluations_keep_to_their_intervals(flags, tmp_path, monk
 
 
 @pytest.mark.parametrize("at", ["loss", "gradient"])
-def test_a_number_that_is_not_finite_stops_the_run_before_the_update(flags, whole, tmp_path, capfd, at):
+def test_a_number_that_is_not_finite_stops_the_run_before_the_update(
+    flags, whole, tmp_path, capfd, at
+):
     real, calls = GPT.forward, []
 
     def forward(self, idx, targets=None, weights=None):
@@ -438,7 +585,9 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_update(flags, whol
         patch.setattr(GPT, "forward", forward)
         assert train_gpt2.main(command) == 1
     error = capfd.readouterr().err
-    assert re.search(r"error: step 5: loss .* on rank 0, gradient norm nan; stopped before the update", error)
+    assert re.search(
+        r"error: step 5: loss .* on rank 0, gradient norm nan; stopped before the update", error
+    )
     stop = read_log(tmp_path / "metrics.jsonl")[-1]
     assert stop["event"] == "stop" and stop["reason"].startswith("not finite: step 5")
     assert train_gpt2.main(command) == 0
@@ -456,13 +605,17 @@ def test_a_full_disk_keeps_the_checkpoints_there_are_and_the_run_goes_on(flags, 
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capfd.readouterr().err
     assert re.search(r"warning: .*iter-8-.*not saved.*earlier checkpoints are untouched", error)
-    assert [r["step"] for r in records(tmp_path, "train")] == list(range(1, 10)), "it trained on, and logged"
+    assert [r["step"] for r in records(tmp_path, "train")] == list(range(1, 10)), (
+        "it trained on, and logged"
+    )
     assert torch.load(tmp_path / "final_model.pt", weights_only=True)["step"] == 4
     assert train_gpt2.main([*command, "--max_iters", "9"]) == 0
     assert torch.load(tmp_path / "final_model.pt", weights_only=True)["step"] == 9
 
 
-def test_a_shard_with_a_wrong_token_is_named_before_training_and_while_reading(flags, tmp_path, capfd):
+def test_a_shard_with_a_wrong_token_is_named_before_training_and_while_reading(
+    flags, tmp_path, capfd
+):
     folder = write_data(tmp_path / "bad")
     tokens = np.load(folder / "t_train_000002.npy")
     tokens[77] = 60000
@@ -500,7 +653,10 @@ def test_eval_only_prints_and_writes_nothing(flags, whole, data, capfd):
         r"HellaSwag +acc \d\.\d+ +acc_norm \d\.\d+ +\(4 examples", out
     )
     assert {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == before
-    assert train_gpt2.main([*words, "--no-hellaswag", "--init_from", str(whole / "best_val_loss.pt")]) == 0
+    assert (
+        train_gpt2.main([*words, "--no-hellaswag", "--init_from", str(whole / "best_val_loss.pt")])
+        == 0
+    )
     assert "best_val_loss.pt" in capfd.readouterr().out
 
 
@@ -510,12 +666,22 @@ def test_without_anything_to_evaluate_eval_only_says_so(flags, tmp_path, capfd):
 
 
 def test_a_run_can_begin_from_the_weights_of_another(flags, whole, data, tmp_path, capfd):
-    begin = ["--data_dir", str(data), *RUN, "--init_from", str(whole / "final_model.pt"), "--max_iters", "2"]
+    begin = [
+        "--data_dir",
+        str(data),
+        *RUN,
+        "--init_from",
+        str(whole / "final_model.pt"),
+        "--max_iters",
+        "2",
+    ]
     assert train_gpt2.main([*begin, "--batch_size", "2", "--out_dir", str(tmp_path / "a")]) == 0
     first = records(tmp_path / "a", "eval")[0]
     assert first["step"] == 0 and first["val_loss"] == records(whole, "eval")[-1]["val_loss"]
     assert (
-        train_gpt2.main([*begin, "--n_layer", "3", "--block_size", "32", "--out_dir", str(tmp_path / "b")])
+        train_gpt2.main(
+            [*begin, "--n_layer", "3", "--block_size", "32", "--out_dir", str(tmp_path / "b")]
+        )
         == 1
     )
     assert "leave out --n_layer 3, --block_size 32" in capfd.readouterr().err
@@ -539,29 +705,51 @@ def test_float16_scales_its_gradients_and_resumes_with_the_scale(flags, tmp_path
 def test_a_compiled_run_trains_alike_and_compiles_nothing_for_evaluations(
     flags, whole, tmp_path, monkeypatch
 ):
-    """With the compiler's last stage left out, which would take a minute: graphs are captured all the
-    same."""
+    """With the compiler's last stage left out, which would take a minute: graphs are captured all
+    the same."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
     items = str(ROOT / "tests" / "data" / "hellaswag_items.jsonl")
-    command = [*flags, "--compile", "True", "--hellaswag", "--hellaswag_data", items, "--max_iters", "12"]
+    command = [
+        *flags,
+        "--compile",
+        "True",
+        "--hellaswag",
+        "--hellaswag_data",
+        items,
+        "--max_iters",
+        "12",
+    ]
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     assert train_gpt2.main([*command, "--out_dir", str(tmp_path)]) == 0
     mine, theirs = ([r["loss"] for r in records(folder, "train")] for folder in (tmp_path, whole))
     assert mine == pytest.approx(theirs, abs=0.02)
-    assert counters["stats"]["unique_graphs"] == 1, "evaluations of all lengths ran without another one"
+    assert counters["stats"]["unique_graphs"] == 1, (
+        "evaluations of all lengths ran without another one"
+    )
     assert json.loads((tmp_path / "config.json").read_text())["compiled"] is True
     model, _ = train_gpt2.load_checkpoint(tmp_path / "final_model.pt")
-    assert set(torch.load(tmp_path / "final_model.pt", weights_only=True)["model"]) == set(model.state_dict())
+    assert set(torch.load(tmp_path / "final_model.pt", weights_only=True)["model"]) == set(
+        model.state_dict()
+    )
 
 
 def test_without_a_compiler_a_run_goes_on_uncompiled(flags, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(
         train_gpt2.distributed, "compiler_problem", lambda device: "no C++ compiler was found"
     )
-    command = [*flags, "--compile", "--eval_interval", "0", "--max_iters", "1", "--out_dir", str(tmp_path)]
+    command = [
+        *flags,
+        "--compile",
+        "--eval_interval",
+        "0",
+        "--max_iters",
+        "1",
+        "--out_dir",
+        str(tmp_path),
+    ]
     assert train_gpt2.main(command) == 0
     assert "warning: --compile left out: no C++ compiler" in capfd.readouterr().err
     assert json.loads((tmp_path / "config.json").read_text())["compiled"] is False
@@ -576,7 +764,10 @@ def test_gradient_checkpointing_changes_no_number(flags, whole, tmp_path):
 def test_hellaswag_is_in_the_log_and_no_reason_to_stop(flags, tmp_path, monkeypatch, capfd):
     items = ROOT / "tests" / "data" / "hellaswag_items.jsonl"
     on = [*flags, "--hellaswag", "--max_iters", "4"]
-    assert train_gpt2.main([*on, "--hellaswag_data", str(items), "--out_dir", str(tmp_path / "a")]) == 0
+    assert (
+        train_gpt2.main([*on, "--hellaswag_data", str(items), "--out_dir", str(tmp_path / "a")])
+        == 0
+    )
     for r in records(tmp_path / "a", "eval"):
         assert 0 <= r["hellaswag"]["acc_norm"] <= 1 and r["hellaswag"]["n"] > 5
 
@@ -595,7 +786,7 @@ RESTARTED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import train_gpt2
-from pretrain import stopping
+from pretrain.train import stopping
 
 check = stopping.FiniteGuard.check
 def check_or_die(self, step, *numbers):
@@ -633,7 +824,10 @@ def test_torchrun_restarts_a_killed_rank_and_two_ranks_train_as_one(data, tmp_pa
     ]
     two = [*shared, "--gradient_accumulation_steps", "1", "--out_dir", str(tmp_path / "two")]
     subprocess.run(
-        [*torchrun, str(script), *two, "--compile", "False"], check=True, env=ENVIRONMENT, timeout=240
+        [*torchrun, str(script), *two, "--compile", "False"],
+        check=True,
+        env=ENVIRONMENT,
+        timeout=240,
     )
     one = [*shared, "--gradient_accumulation_steps", "2", "--out_dir", str(tmp_path / "one")]
     assert train_gpt2.main(one) == 0
@@ -644,13 +838,20 @@ def test_torchrun_restarts_a_killed_rank_and_two_ranks_train_as_one(data, tmp_pa
     )
     compared = (("train", "loss", 1e-4), ("eval", "val_loss", 1e-5), ("eval", "train_loss", 1e-5))
     for event, name, tolerance in compared:
-        mine, theirs = ([r[name] for r in records(tmp_path / folder, event)] for folder in ("two", "one"))
+        mine, theirs = (
+            [r[name] for r in records(tmp_path / folder, event)] for folder in ("two", "one")
+        )
         assert len(mine) == len(theirs) and mine == pytest.approx(theirs, abs=tolerance), name
 
 
 def start_ranks(flags, world_size):
     port = str(free_port())
-    shared = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size)}
+    shared = {
+        **ENVIRONMENT,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(world_size),
+    }
     command = [sys.executable, str(ROOT / "train_gpt2.py"), *flags]
     ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -658,7 +859,16 @@ def start_ranks(flags, world_size):
 
 
 def test_sigterm_to_one_rank_stops_all_and_one_process_goes_on(data, tmp_path):
-    flags = ["--data_dir", str(data), *MODEL, *RUN, "--eval_interval", "0", "--out_dir", str(tmp_path)]
+    flags = [
+        "--data_dir",
+        str(data),
+        *MODEL,
+        *RUN,
+        "--eval_interval",
+        "0",
+        "--out_dir",
+        str(tmp_path),
+    ]
     two = [*flags, "--gradient_accumulation_steps", "1"]
     processes = start_ranks(two, 2)
     for line in processes[0].stdout:

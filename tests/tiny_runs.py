@@ -1,4 +1,5 @@
-"""Runs of seconds for the tests of the adapters: shards, flags, and the plain loop they must agree with."""
+"""Runs of seconds for the tests of the adapters: shards, flags, and the plain loop they must agree
+with."""
 
 import json
 import math
@@ -8,16 +9,25 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, GPTConfig
-from pretrain.loader import ShardLoader, TokenWindows
-from pretrain.schedule import learning_rate
-from pretrain.shards import find_shards
+from pretrain.tokens.shards import find_shards
+from pretrain.train.loader import ShardLoader, TokenWindows
+from pretrain.train.schedule import learning_rate
 
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16}
 SETTINGS = SIZES | {
-    "batch_size": 2, "gradient_accumulation_steps": 2, "max_iters": 4, "learning_rate": 0.01, "min_lr": 0.001,
-    "warmup_iters": 1, "lr_decay_iters": 4, "eval_interval": 2, "eval_iters": 9, "log_interval": 1,
-    "dtype": "float32", "seed": 3,
-}  # fmt: skip
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_iters": 4,
+    "learning_rate": 0.01,
+    "min_lr": 0.001,
+    "warmup_iters": 1,
+    "lr_decay_iters": 4,
+    "eval_interval": 2,
+    "eval_iters": 9,
+    "log_interval": 1,
+    "dtype": "float32",
+    "seed": 3,
+}
 VAL_WINDOWS = 5  # not a multiple of the batch size: the last batch is a small one
 
 
@@ -35,7 +45,9 @@ def write_shards(folder, *, train_tokens=2000):
 
 def flags(data_dir, out_dir, **changes):
     """SETTINGS with changes as a command line; data_dir None for runs on text."""
-    settings = SETTINGS | {"out_dir": out_dir} | ({"data_dir": data_dir} if data_dir else {}) | changes
+    settings = (
+        SETTINGS | {"out_dir": out_dir} | ({"data_dir": data_dir} if data_dir else {}) | changes
+    )
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
@@ -45,15 +57,19 @@ def initial_model(**changes):
 
 
 def plain_loop(data_dir, steps=4, accumulation=2):
-    """(loss of each step, validation loss after the last) of SETTINGS, with torch, the batches of ShardLoader
-    and the formula of the schedule."""
+    """(loss of each step, validation loss after the last) of SETTINGS, with torch, the batches of
+    ShardLoader and the formula of the schedule."""
     model = initial_model()
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     loader = ShardLoader(
-        find_shards(data_dir, "train"), batch_size=2, block_size=16, accumulation_steps=accumulation, seed=3
+        find_shards(data_dir, "train"),
+        batch_size=2,
+        block_size=16,
+        accumulation_steps=accumulation,
+        seed=3,
     )
     losses = []
     for step in range(steps):
@@ -62,7 +78,9 @@ def plain_loop(data_dir, steps=4, accumulation=2):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, max_lr=0.01, min_lr=0.001, warmup_iters=1, lr_decay_iters=4)
+            group["lr"] = learning_rate(
+                step, max_lr=0.01, min_lr=0.001, warmup_iters=1, lr_decay_iters=4
+            )
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

@@ -1,4 +1,5 @@
-"""A hub for uploads, on the loopback interface: repositories in memory, created and committed to over HTTP.
+"""A hub for uploads, on the loopback interface: repositories in memory, created and committed to
+over HTTP.
 
     with UploadHub(token="hf_secret") as hub:
         ...                                     # a client with HF_ENDPOINT=hub.url
@@ -23,14 +24,16 @@ class Repository:
 
 
 class UploadHub:
-    """`tokens` collects the Authorization headers that came; a wrong one is refused with a message that
-    repeats it, as careless servers do."""
+    """`tokens` collects the Authorization headers that came; a wrong one is refused with a message
+    that repeats it, as careless servers do."""
 
     def __init__(self, token: str):
         self.token = token
         self.tokens: set[str] = set()
         self.repositories: dict[str, Repository] = {}
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
+        )
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self):
@@ -70,7 +73,9 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         else:
-            self.answer(200, {"id": found[1], "private": repository.private, "siblings": [], "tags": []})
+            self.answer(
+                200, {"id": found[1], "private": repository.private, "siblings": [], "tags": []}
+            )
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -87,10 +92,14 @@ class _Handler(BaseHTTPRequestHandler):
         found = re.fullmatch(r"/api/models/(.+?/.+?)/(preupload|commit)/main(\?.*)?", self.path)
         repository = self.hub.repositories.get(found[1]) if found else None
         if repository is None:
-            return self.answer(404, {"error": f"nothing at {self.path}"}, X_Error_Code="RepoNotFound")
+            return self.answer(
+                404, {"error": f"nothing at {self.path}"}, X_Error_Code="RepoNotFound"
+            )
         if found[2] == "preupload":
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                     for file in json.loads(body)["files"]]  # fmt: skip
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
             return self.answer(200, {"files": files})
         for line in body.splitlines():
             item = json.loads(line)

@@ -1,14 +1,17 @@
-"""The losses that a language model gives to several endings of a context, which is computed once for all.
+"""The losses that a language model gives to several endings of a context, which is computed once
+for all.
 
-The endings follow their context in one row. Each sees the context and itself, at the positions it would have
-if it were alone, so that the losses are those of separate rows:
+The endings follow their context in one row. Each sees the context and itself, at the positions it
+would have if it were alone, so that the losses are those of separate rows:
 
-    row        c0 c1 c2  a0 a1  b0 b1 b2     an ending's last token is only predicted: it is not in the row
-    branch      0  0  0   1  1   2  2  2     a token sees the ones before it in its own branch and in branch 0
+    row        c0 c1 c2  a0 a1  b0 b1 b2     an ending's last token is only predicted: it is not in
+    the row
+    branch      0  0  0   1  1   2  2  2     a token sees the ones before it in its own branch and
+    in branch 0
     position    0  1  2   3  4   3  4  5
 
-The output head runs only where a token of an ending is predicted. Rows of similar length form a batch of at
-most `batch_tokens` positions.
+The output head runs only where a token of an ending is predicted. Rows of similar length form a
+batch of at most `batch_tokens` positions.
 """
 
 import contextlib
@@ -22,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Positions in a batch, and how many of them have logits at a time (2,048 times 50,257 logits are 0.6 GB in 16
-# and 32 bits together). A CPU likes what fits its caches, a GPU what keeps it busy.
+# Positions in a batch, and how many of them have logits at a time (2,048 times 50,257 logits are
+# 0.6 GB in 16 and 32 bits together). A CPU likes what fits its caches, a GPU what keeps it busy.
 BATCH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
 HEAD_ROWS = {"cpu": 512, "mps": 512, "cuda": 2048}
-# On a CPU the softmax takes a few rows at a time, which fit its second-level cache: 4 times faster than all.
+# On a CPU the softmax takes a few rows at a time, which fit its second-level cache: 4 times faster
+# than all.
 CPU_SOFTMAX_ROWS = 8
 # GPUs' attention kernels want masks whose width is a multiple of 8.
 WIDTH_MULTIPLE = {"cpu": 1}
@@ -41,7 +45,8 @@ class Item(NamedTuple):
 
 @dataclass
 class Row:
-    """A context with endings of one item. Equal ones are there once, so that their losses are equal too."""
+    """A context with endings of one item. Equal ones are there once, so that their losses are equal
+    too."""
 
     item: int
     context: list[int]
@@ -53,7 +58,9 @@ class Row:
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
-def fit(context: list[int], ending: list[int], block_size: int | None) -> tuple[list[int], list[int]]:
+def fit(
+    context: list[int], ending: list[int], block_size: int | None
+) -> tuple[list[int], list[int]]:
     """Cut on the left, so that the model gets at most block_size tokens: all but the last."""
     if block_size is None or len(context) + len(ending) <= block_size + 1:
         return context, ending
@@ -63,8 +70,8 @@ def fit(context: list[int], ending: list[int], block_size: int | None) -> tuple[
 
 
 def make_rows(items: Sequence[Item], block_size: int | None, share: bool) -> list[Row]:
-    """All endings of all items. With `share` those of an item are in one row, as far as their context is cut
-    alike and the row is no longer than block_size."""
+    """All endings of all items. With `share` those of an item are in one row, as far as their
+    context is cut alike and the row is no longer than block_size."""
     longest = block_size or math.inf
     rows: list[Row] = []
     for number, item in enumerate(items):
@@ -86,8 +93,8 @@ def make_rows(items: Sequence[Item], block_size: int | None, share: bool) -> lis
 
 
 def make_batches(rows: Sequence[Row], batch_tokens: int) -> list[list[Row]]:
-    """Batches whose number of rows times longest row is at most batch_tokens (a single row may exceed it).
-    The longest come first: memory that does not suffice shows at once."""
+    """Batches whose number of rows times longest row is at most batch_tokens (a single row may
+    exceed it). The longest come first: memory that does not suffice shows at once."""
     batches: list[list[Row]] = []
     width = 0
     for row in sorted(rows, key=lambda row: -row.length):
@@ -123,7 +130,9 @@ def collate(rows: Sequence[Row], width_multiple: int) -> Batch:
             branches[r, begin:end] = branch
             sources += [r * width + n - 1, *range(r * width + begin, r * width + end)]
             targets += ending
-    return Batch(*map(torch.from_numpy, (tokens, positions, branches, np.array(sources), np.array(targets))))
+    return Batch(
+        *map(torch.from_numpy, (tokens, positions, branches, np.array(sources), np.array(targets)))
+    )
 
 
 def attention_mask(branches: Tensor) -> Tensor:
@@ -135,7 +144,9 @@ def attention_mask(branches: Tensor) -> Tensor:
 class Parts(NamedTuple):
     """A model as this file uses it."""
 
-    body: Callable[[Tensor, Tensor, Tensor], Tensor]  # tokens, positions, branches (B, T) -> (B, T, anything)
+    body: Callable[
+        [Tensor, Tensor, Tensor], Tensor
+    ]  # tokens, positions, branches (B, T) -> (B, T, anything)
     head: Callable[[Tensor], Tensor]  # (N, anything) -> logits (N, vocabulary)
     packs: bool  # whether the body honours positions and branches, so that endings can share a row
     block_size: int | None  # longest sequence, where known
@@ -143,9 +154,10 @@ class Parts(NamedTuple):
 
 
 def take_apart(model: Callable) -> Parts:
-    """The parts of our GPT, of transformers' GPT-2, or of anything that maps tokens (B, T) to logits
-    (B, T, vocabulary): alone, first in a tuple, or as `.logits`. Wrappers of DistributedDataParallel and
-    torch.compile are taken off, since they have nothing but a forward."""
+    """The parts of our GPT, of transformers' GPT-2, or of anything that maps tokens (B, T) to
+    logits (B, T, vocabulary): alone, first in a tuple, or as `.logits`. Wrappers of
+    DistributedDataParallel and torch.compile are taken off, since they have nothing but a
+    forward."""
     while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
     config = getattr(model, "config", None)
@@ -160,7 +172,9 @@ def take_apart(model: Callable) -> Parts:
         mask = attention_mask(branches)
         if model.config._attn_implementation == "eager":  # adds the mask to the scores
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -math.inf)
-        out = model.transformer(tokens, position_ids=positions, attention_mask=mask, use_cache=False)
+        out = model.transformer(
+            tokens, position_ids=positions, attention_mask=mask, use_cache=False
+        )
         return out.last_hidden_state
 
     def any_other(tokens: Tensor, positions: Tensor, branches: Tensor) -> Tensor:
@@ -180,7 +194,9 @@ def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
     """Cross entropy in nats, float32 (N,), of hidden (N, ...) and targets (N,), part by part."""
     kind = hidden.device.type
     losses = []
-    for h, target in zip(*(x.split(HEAD_ROWS.get(kind, 512)) for x in (hidden, targets)), strict=True):
+    for h, target in zip(
+        *(x.split(HEAD_ROWS.get(kind, 512)) for x in (hidden, targets)), strict=True
+    ):
         logits = head(h)
         rows = CPU_SOFTMAX_ROWS if kind == "cpu" else len(logits)
         for part, t in zip(logits.split(rows), target.split(rows), strict=True):
@@ -210,19 +226,22 @@ def _scores(rows: Sequence[Row], losses: Tensor) -> Scores:
 
 @contextlib.contextmanager
 def computing(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """What the batches of `score` are run in: no gradients, and autocast if dtype is a 16-bit one. It is
-    entered once around all batches, so that each weight is converted once."""
+    """What the batches of `score` are run in: no gradients, and autocast if dtype is a 16-bit one.
+    It is entered once around all batches, so that each weight is converted once."""
     lower = dtype in (torch.bfloat16, torch.float16)
     try:
-        with torch.inference_mode(), torch.autocast(device.type, dtype if lower else None, enabled=lower):
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, dtype if lower else None, enabled=lower),
+        ):
             yield
     finally:
         torch.clear_autocast_cache()  # an outer autocast would keep tensors that autograd refuses
 
 
 def score(parts: Parts, batches: Iterable[Sequence[Row]], device: torch.device) -> Iterator[Scores]:
-    """The losses of all endings, a batch at a time. Each is launched before the results of the one before are
-    fetched, so that a GPU always has work."""
+    """The losses of all endings, a batch at a time. Each is launched before the results of the one
+    before are fetched, so that a GPU always has work."""
     before = None
     for rows in batches:
         batch = Batch(*(x.to(device) for x in collate(rows, WIDTH_MULTIPLE.get(device.type, 8))))

@@ -1,7 +1,8 @@
 """Tokens from a model, with a key-value cache.
 
-    for tokens in stream(model, prompts, 100, temperature=0.8, top_k=50, seed=1): ...     # (B,) at a time
-    tokens = generate(model, prompts, 100, temperature=0)                                  # greedy
+    for tokens in stream(model, prompts, 100, temperature=0.8, top_k=50, seed=1): ...     # (B,) at
+    a time tokens = generate(model, prompts, 100, temperature=0)                                  #
+    greedy
 
 The model is an argument: a model.GPT, which offers both as methods.
 """
@@ -29,16 +30,16 @@ def stream(
 ) -> Iterator[Tensor]:
     """Yield the next token of every prompt, int64 (B,), up to max_new_tokens times.
 
-    prompts: int64 (B, T) or (T,), or a list of (T,) of any lengths. temperature: 0 is greedy. top_k: draw
-    from the k likeliest tokens. top_p: draw from the fewest likeliest tokens whose probabilities reach p. The
-    random numbers are from a generator of their own, seeded with `seed` (None: differently each time); global
-    ones are not touched. stop_token: a row that has produced it repeats it, and the stream ends when every
-    row has.
+    prompts: int64 (B, T) or (T,), or a list of (T,) of any lengths. temperature: 0 is greedy.
+    top_k: draw from the k likeliest tokens. top_p: draw from the fewest likeliest tokens whose
+    probabilities reach p. The random numbers are from a generator of their own, seeded with `seed`
+    (None: differently each time); global ones are not touched. stop_token: a row that has produced
+    it repeats it, and the stream ends when every row has.
 
-    The model sees the last block_size tokens. Its positions are absolute, so once the context moves it has to
-    be computed anew. slide=1 does that at every token, as if there were no cache. slide=k moves on by k
-    tokens at a time, computing anew every k tokens; the context is then between block_size - k + 1 and
-    block_size tokens long.
+    The model sees the last block_size tokens. Its positions are absolute, so once the context moves
+    it has to be computed anew. slide=1 does that at every token, as if there were no cache. slide=k
+    moves on by k tokens at a time, computing anew every k tokens; the context is then between
+    block_size - k + 1 and block_size tokens long.
 
     Computed in the number format of the weights, or of the autocast around it, in eval mode. Raises
     ValueError.
@@ -57,7 +58,9 @@ def stream(
         with evaluating(model):
             cache = cache or model.new_cache(len(tokens))
             new = context[:, cache.length :]
-            where = _among_padding(context.size(1), new.size(1), padding - start) if is_padded else ()
+            where = (
+                _among_padding(context.size(1), new.size(1), padding - start) if is_padded else ()
+            )
             hidden = model.hidden_states(new, *where, cache=cache)
             logits = model.logits(hidden[:, -1])
         token = _sample(logits.float(), temperature, top_k, top_p, generator)
@@ -73,11 +76,12 @@ def stream(
 def generate(
     model: nn.Module, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, **sampling
 ) -> Tensor | list[Tensor]:
-    """Prompts with up to max_new_tokens new tokens behind each, on the model's device; `sampling` as in
-    stream.
+    """Prompts with up to max_new_tokens new tokens behind each, on the model's device; `sampling`
+    as in stream.
 
-    A tensor (T,) or (B, T) gives one of the same dimensions, in which rows that stopped early are filled up
-    with stop_token. A list gives a list of 1-D tensors, each ending with stop_token if it came to that.
+    A tensor (T,) or (B, T) gives one of the same dimensions, in which rows that stopped early are
+    filled up with stop_token. A list gives a list of 1-D tensors, each ending with stop_token if it
+    came to that.
     """
     new = list(stream(model, prompts, max_new_tokens, **sampling))
     if isinstance(prompts, Tensor):
@@ -89,11 +93,15 @@ def generate(
         row = [int(tokens[i]) for tokens in new]
         if stop in row:
             row = row[: row.index(stop) + 1]
-        rows.append(torch.cat((prompt.to(model.device), prompt.new_tensor(row, device=model.device))))
+        rows.append(
+            torch.cat((prompt.to(model.device), prompt.new_tensor(row, device=model.device)))
+        )
     return rows
 
 
-def _check(temperature: float, top_k: int | None, top_p: float | None, slide: int, block_size: int) -> None:
+def _check(
+    temperature: float, top_k: int | None, top_p: float | None, slide: int, block_size: int
+) -> None:
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature {temperature} is not a number from 0 (greedy) on")
     if top_k is not None and top_k < 1:
@@ -105,7 +113,8 @@ def _check(temperature: float, top_k: int | None, top_p: float | None, slide: in
 
 
 def _left_pad(prompts: Tensor | Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts as one int64 (B, T), and how many tokens on the left of each row are padding, (B,)."""
+    """Prompts as one int64 (B, T), and how many tokens on the left of each row are padding,
+    (B,)."""
     rows = [prompts] if isinstance(prompts, Tensor) and prompts.dim() == 1 else list(prompts)
     lengths = [len(row) for row in rows]
     if not rows or min(lengths) == 0:
@@ -116,8 +125,8 @@ def _left_pad(prompts: Tensor | Sequence[Tensor], device: torch.device) -> tuple
 
 
 def _among_padding(num_keys: int, num_queries: int, padding: Tensor) -> tuple[Tensor, Tensor]:
-    """position_ids (B, queries) and attn_mask (B, 1, queries, keys) of the last queries among keys whose
-    first padding[b] (none if negative) do not exist."""
+    """position_ids (B, queries) and attn_mask (B, 1, queries, keys) of the last queries among keys
+    whose first padding[b] (none if negative) do not exist."""
     padding = padding.clamp(min=0)[:, None]
     key = torch.arange(num_keys, device=padding.device)
     query = key[-num_queries:]
@@ -128,7 +137,11 @@ def _among_padding(num_keys: int, num_queries: int, padding: Tensor) -> tuple[Te
 
 
 def _sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator,
 ) -> Tensor:
     """Logits (B, vocab_size), float32 -> tokens (B,)."""
     if temperature == 0:
@@ -141,7 +154,9 @@ def _sample(
     if top_p is not None and top_p < 1:
         ordered, order = probs.sort(dim=1, descending=True)
         likelier = ordered.cumsum(dim=1) - ordered  # probability of all likelier tokens together
-        probs = torch.zeros_like(probs).scatter_(1, order, ordered.masked_fill(likelier >= top_p, 0.0))
+        probs = torch.zeros_like(probs).scatter_(
+            1, order, ordered.masked_fill(likelier >= top_p, 0.0)
+        )
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 

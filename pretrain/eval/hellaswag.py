@@ -1,10 +1,11 @@
 """HellaSwag's examples: from the published files or one of your own, to the tokens that are scored.
 
-    path = ensure_data()                 # data/hellaswag/hellaswag_val.jsonl, downloaded if it is not there
-    examples = load_examples(path)       # 10,042 of them
+    path = ensure_data()                 # data/hellaswag/hellaswag_val.jsonl, downloaded if it is
+    not there examples = load_examples(path)       # 10,042 of them
     context, endings = prompt(examples[0], "lm-eval")
 
-Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?" (2019). The data's licence is MIT.
+Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?" (2019). The data's licence
+is MIT.
 """
 
 import gzip
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pretrain.endings import Item
+    from pretrain.eval.choices import Item
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_{split}.jsonl"
 SPLITS = ("val", "train", "test")
@@ -32,7 +33,8 @@ SAMPLE_SEED = 1337  # of the choice that a limit makes
 
 
 class HellaSwagError(RuntimeError):
-    """HellaSwag cannot be scored: one line that says what is wrong and where. No reason to stop training."""
+    """HellaSwag cannot be scored: one line that says what is wrong and where. No reason to stop
+    training."""
 
 
 class DataUnavailable(HellaSwagError):
@@ -41,7 +43,8 @@ class DataUnavailable(HellaSwagError):
 
 @dataclass(frozen=True)
 class Example:
-    """One line of a data file. `ctx_a` and `ctx_b` are None in files that hold only the whole context."""
+    """One line of a data file. `ctx_a` and `ctx_b` are None in files that hold only the whole
+    context."""
 
     ind: int
     activity_label: str
@@ -52,14 +55,20 @@ class Example:
     label: int  # of the right ending, 0 to 3
 
 
-def ensure_data(split: str = "val", folder: str | Path | None = None, *, progress: bool = False) -> Path:
-    """The file of a split in `folder` (default: $HELLASWAG_DIR, else data/hellaswag), downloaded if need be.
+def ensure_data(
+    split: str = "val", folder: str | Path | None = None, *, progress: bool = False
+) -> Path:
+    """The file of a split in `folder` (default: $HELLASWAG_DIR, else data/hellaswag), downloaded if
+    need be.
 
     Many processes may call this at once: one downloads, the others wait. Raises DataUnavailable.
     """
-    from pretrain.download import DownloadError, fetch
+    from pretrain.text.download import DownloadError, fetch
 
-    path = Path(folder or os.environ.get("HELLASWAG_DIR") or DEFAULT_FOLDER) / f"hellaswag_{split}.jsonl"
+    path = (
+        Path(folder or os.environ.get("HELLASWAG_DIR") or DEFAULT_FOLDER)
+        / f"hellaswag_{split}.jsonl"
+    )
     size, sha256 = PUBLISHED_FILES.get(split, (None, None))
     url = URL.format(split=split)
     try:
@@ -82,9 +91,9 @@ def _not_examples(path: Path) -> str | None:
 def load_examples(path: str | Path, limit: int | None = None) -> list[Example]:
     """The examples of a file in HellaSwag's format, .jsonl or .jsonl.gz.
 
-    Of more than `limit` (0 or None: all) it is a random choice in the file's order, always the same one,
-    which contains that of any smaller limit. The first ones would not do: the published files are ordered by
-    source. Raises HellaSwagError naming the line.
+    Of more than `limit` (0 or None: all) it is a random choice in the file's order, always the same
+    one, which contains that of any smaller limit. The first ones would not do: the published files
+    are ordered by source. Raises HellaSwagError naming the line.
     """
     examples = []
     for number, line in enumerate(_read(path).split(b"\n"), start=1):
@@ -103,7 +112,8 @@ def load_examples(path: str | Path, limit: int | None = None) -> list[Example]:
 
 
 def data_sha256(path: str | Path) -> str:
-    """Of the decompressed content, so that a compressed copy of a published file is known as that file."""
+    """Of the decompressed content, so that a compressed copy of a published file is known as that
+    file."""
     return hashlib.sha256(_read(path)).hexdigest()
 
 
@@ -129,26 +139,34 @@ def _parse(line: bytes, number: int) -> Example:
         if not isinstance(item.get(key), str):
             raise ValueError(f"{key} must be a string, got {item.get(key)!r}")
     endings = item.get("endings")
-    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(e, str) for e in endings):
+    if (
+        not isinstance(endings, list)
+        or len(endings) != 4
+        or not all(isinstance(e, str) for e in endings)
+    ):
         raise ValueError("endings must be a list of four strings")
     ctx_a, ctx_b = item.get("ctx_a"), item.get("ctx_b")
     if not (isinstance(ctx_a, str) and isinstance(ctx_b, str)) and (ctx_a, ctx_b) != (None, None):
         raise ValueError("ctx_a and ctx_b must be two strings, or both be missing")
     label = item.get("label")
     if label in (None, ""):
-        raise ValueError("no label to score against (the published test file has none: take val or train)")
+        raise ValueError(
+            "no label to score against (the published test file has none: take val or train)"
+        )
     if isinstance(label, bool) or str(label) not in ("0", "1", "2", "3"):
         raise ValueError(f"label must be 0, 1, 2 or 3, got {label!r}")
     ind = item.get("ind", number - 1)
-    return Example(ind, item["activity_label"], item["ctx"], ctx_a, ctx_b, tuple(endings), int(label))
+    return Example(
+        ind, item["activity_label"], item["ctx"], ctx_a, ctx_b, tuple(endings), int(label)
+    )
 
 
 def prompt(example: Example, style: str) -> tuple[str, list[str]]:
     """Context and endings, as texts that are joined by a space.
 
-    completion: as they are in the file. lm-eval: as EleutherAI's harness makes them for its task hellaswag:
-    the activity in front, the last sentence's beginning capitalised, WikiHow's marks in brackets removed. A
-    file without ctx_a and ctx_b is taken to have the latter two behind it.
+    completion: as they are in the file. lm-eval: as EleutherAI's harness makes them for its task
+    hellaswag: the activity in front, the last sentence's beginning capitalised, WikiHow's marks in
+    brackets removed. A file without ctx_a and ctx_b is taken to have the latter two behind it.
     """
     if style == "completion":
         return example.ctx, list(example.endings)
@@ -168,12 +186,12 @@ def _without_marks(text: str) -> str:
 def encode(example: Example, style: str, encoding: Any) -> tuple["Item", list[int]]:
     """Token ids of context and endings, and the lengths by which acc_norm divides the losses.
 
-    completion: tokenized apart, lengths in tokens. lm-eval: tokenized together and cut after the context's
-    number of tokens, spaces at the end of the context going with the endings; lengths in characters of the
-    ending, without the space before it.
+    completion: tokenized apart, lengths in tokens. lm-eval: tokenized together and cut after the
+    context's number of tokens, spaces at the end of the context going with the endings; lengths in
+    characters of the ending, without the space before it.
     """
-    from pretrain.endings import Item
-    from pretrain.tokenizer import END_OF_TEXT
+    from pretrain.eval.choices import Item
+    from pretrain.tokens.tokenizer import END_OF_TEXT
 
     context, endings = prompt(example, style)
     if style == "completion":
@@ -184,6 +202,10 @@ def encode(example: Example, style: str, encoding: Any) -> tuple["Item", list[in
         text = context.rstrip()
         space = context[len(text) :] + " "
         before = encoding.encode_ordinary(text)
-        tokens = [encoding.encode_ordinary(text + space + ending)[len(before) :] for ending in endings]
+        tokens = [
+            encoding.encode_ordinary(text + space + ending)[len(before) :] for ending in endings
+        ]
         lengths = [len(ending) for ending in endings]
-    return Item(before or [END_OF_TEXT], tokens), lengths  # something has to predict the first token
+    return Item(
+        before or [END_OF_TEXT], tokens
+    ), lengths  # something has to predict the first token

@@ -1,6 +1,7 @@
 """Text from a model: prompts to tokens, and tokens back to text as they come.
 
-    sample_text(model, load_encoding(), "The mill", max_new_tokens=40, temperature=0.8, top_k=50, seed=1)
+    sample_text(model, load_encoding(), "The mill", max_new_tokens=40, temperature=0.8, top_k=50,
+    seed=1)
 
 The model is an argument: anything whose `stream` is that of model.GPT.
 """
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pretrain.tokenizer import END_OF_TEXT, TokenizerUnavailable, load_encoding
+from pretrain.tokens.tokenizer import END_OF_TEXT, TokenizerUnavailable, load_encoding
 
 if TYPE_CHECKING:
     import tiktoken
@@ -21,8 +22,8 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
 
 
 def encode_prompt(encoding: "tiktoken.Encoding", prompt: str) -> list[int]:
-    """Token ids of a prompt. An empty one is the end-of-text token, after which a document begins; so is a
-    <|endoftext|> in the prompt, unlike in training data, where it is ordinary text."""
+    """Token ids of a prompt. An empty one is the end-of-text token, after which a document begins;
+    so is a <|endoftext|> in the prompt, unlike in training data, where it is ordinary text."""
     return encoding.encode(prompt, allowed_special="all") or [END_OF_TEXT]
 
 
@@ -31,10 +32,10 @@ def stream_texts(
 ) -> Iterator[list[str | None]]:
     """Yield, token by token, what each prompt's continuation grows by; None for one that has ended.
 
-    `sampling` goes to model.stream: temperature, top_k, top_p, seed, slide. A continuation ends before an
-    end-of-text or after max_new_tokens. A character of several tokens comes whole, with its last token, and
-    the pieces together are what the encoding decodes the tokens to: bytes that are no UTF-8, such as a
-    character cut off by the end, become U+FFFD.
+    `sampling` goes to model.stream: temperature, top_k, top_p, seed, slide. A continuation ends
+    before an end-of-text or after max_new_tokens. A character of several tokens comes whole, with
+    its last token, and the pieces together are what the encoding decodes the tokens to: bytes that
+    are no UTF-8, such as a character cut off by the end, become U+FFFD.
     """
     rows = [torch.tensor(encode_prompt(encoding, prompt)) for prompt in prompts]
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
@@ -53,7 +54,10 @@ def stream_texts(
                 new = encoding.decode_single_token_bytes(token) if known else UNKNOWN
                 pieces.append(decoders[row].decode(new))
         yield pieces
-    yield [None if ended[row] else decoder.decode(b"", final=True) for row, decoder in enumerate(decoders)]
+    yield [
+        None if ended[row] else decoder.decode(b"", final=True)
+        for row, decoder in enumerate(decoders)
+    ]
 
 
 def sample_text(
@@ -65,15 +69,16 @@ def sample_text(
 
 
 class TrainingSamples:
-    """What a model in training makes of one prompt, time after time with the same random numbers."""
+    """What a model in training makes of one prompt, time after time with the same random
+    numbers."""
 
     def __init__(self, prompt: str, max_new_tokens: int, seed: int):
         self.prompt, self.max_new_tokens, self.seed = prompt, max_new_tokens, seed
         self._left_out = False
 
     def write(self, model) -> str | None:
-        """The continuation; None, and one warning, where prompt or vocabulary do not fit. Leaves global
-        random numbers alone."""
+        """The continuation; None, and one warning, where prompt or vocabulary do not fit. Leaves
+        global random numbers alone."""
         if self._left_out:
             return None
         try:
@@ -81,9 +86,15 @@ class TrainingSamples:
             if max(encode_prompt(encoding, self.prompt)) >= size:
                 raise ValueError(f"the model knows {size} tokens, {self.prompt!r} has others")
             pieces = stream_texts(
-                model, encoding, [self.prompt], self.max_new_tokens, temperature=0.8, top_k=50,
-                seed=self.seed, slide=-(-model.config.block_size // 4),
-            )  # fmt: skip
+                model,
+                encoding,
+                [self.prompt],
+                self.max_new_tokens,
+                temperature=0.8,
+                top_k=50,
+                seed=self.seed,
+                slide=-(-model.config.block_size // 4),
+            )
             return "".join(piece or "" for (piece,) in pieces)
         except (TokenizerUnavailable, ValueError) as error:
             self._left_out = True

@@ -1,11 +1,11 @@
 """Loss and accuracy on windows that are the same at every evaluation.
 
-    sets = {"val": (windows, first(windows, 1600)), "train": (loader.windows, spread(loader.windows, 1600))}
-    scores = evaluate(model, sets, batch_size=8, ranks=ranks, autocast=autocast)
+    sets = {"val": (windows, first(windows, 1600)), "train": (loader.windows, spread(loader.windows,
+    1600))} scores = evaluate(model, sets, batch_size=8, ranks=ranks, autocast=autocast)
     scores["val"]["loss"]          # nats per token
 
-The ranks share the windows out and add up their sums in float64, so the numbers depend neither on how many
-ranks there are nor on where training is.
+The ranks share the windows out and add up their sums in float64, so the numbers depend neither on
+how many ranks there are nor on where training is.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.distributed import Ranks
-from pretrain.generation import evaluating
-from pretrain.loader import TokenWindows
+from pretrain.eval.generation import evaluating
+from pretrain.train.loader import TokenWindows
 
 IGNORED = -1  # the target of padding: GPT.score leaves negative targets out
 
@@ -43,12 +43,13 @@ def evaluate(
     autocast: AbstractContextManager,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, float]]:
-    """{"val": {"loss": mean over all tokens, "accuracy": share predicted right, "tokens": how many}, ...}.
+    """{"val": {"loss": mean over all tokens, "accuracy": share predicted right, "tokens": how
+    many}, ...}.
 
-    model.score(x, y) returns the sum of losses, the number of right predictions and of tokens, as GPT.score
-    does. All batches have one shape, (batch_size, block_size). Once `interrupted` says so the rest is left
-    out and the numbers mean nothing; all ranks still meet in the reduction. The model is in eval mode
-    meanwhile, in its own mode after.
+    model.score(x, y) returns the sum of losses, the number of right predictions and of tokens, as
+    GPT.score does. All batches have one shape, (batch_size, block_size). Once `interrupted` says so
+    the rest is left out and the numbers mean nothing; all ranks still meet in the reduction. The
+    model is in eval mode meanwhile, in its own mode after.
     """
     sums = []
     with evaluating(model):
@@ -65,12 +66,18 @@ def evaluate(
             sums += totals.tolist()
     sums = iter(ranks.sum(*sums))
     return {
-        name: {"loss": loss / max(count, 1), "accuracy": correct / max(count, 1), "tokens": int(count)}
+        name: {
+            "loss": loss / max(count, 1),
+            "accuracy": correct / max(count, 1),
+            "tokens": int(count),
+        }
         for name, loss, correct, count in zip(sets, sums, sums, sums, strict=True)
     }
 
 
-def padded_batch(windows: TokenWindows, numbers: np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
+def padded_batch(
+    windows: TokenWindows, numbers: np.ndarray, batch_size: int
+) -> tuple[Tensor, Tensor]:
     """x, y int64 (batch_size, block_size); rows past len(numbers) have IGNORED targets."""
     tokens = torch.zeros(batch_size, windows.block_size + 1, dtype=torch.int64)
     tokens[: len(numbers)] = torch.from_numpy(windows.read(numbers).astype(np.int64))

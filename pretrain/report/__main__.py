@@ -1,10 +1,12 @@
-"""One page that shows a run, or several over each other: curves, samples, settings, and what looks wrong.
+"""One page that shows a run, or several over each other: curves, samples, settings, and what looks
+wrong.
 
     $ python -m pretrain.report checkpoints
     checkpoints, step 1,230: A loss spike
     checkpoints/report.html, and the curves as report-*.png beside it
 
-The page holds its pictures and loads nothing. It can be made at any time, while the run goes on as well.
+The page holds its pictures and loads nothing. It can be made at any time, while the run goes on as
+well.
 """
 
 import argparse
@@ -53,7 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.filename or page}: {error.strerror}; name a writable --output", file=sys.stderr)
+        print(
+            f"error: {error.filename or page}: {error.strerror}; name a writable --output",
+            file=sys.stderr,
+        )
         return 1
     for run, finding in found:
         print(f"{run.name}, step {finding.step:,}: {finding.title}")
@@ -62,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_report(runs: list[Run], found: list[tuple[Run, Finding]], page: Path) -> None:
-    """Write the page, and every plot as <page's stem>-<plot's name>.png beside it. The page comes last."""
+    """Write the page, and every plot as <page's stem>-<plot's name>.png beside it. The page comes
+    last."""
     pictures = plots(runs)
     page.parent.mkdir(parents=True, exist_ok=True)
     for plot in pictures:

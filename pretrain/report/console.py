@@ -1,8 +1,8 @@
 """What a run shows while it trains: a bar on a terminal, a line now and then elsewhere.
 
-    console = Console(max_iters=5000, step=0)
-    console.train(record)          # a "train" record of the run log
-    console.say("step 250/5000 | val loss ...")
+console = Console(max_iters=5000, step=0)
+console.train(record)          # a "train" record of the run log
+console.say("step 250/5000 | val loss ...")
 """
 
 import sys
@@ -11,21 +11,26 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pretrain.runlog import train_line
+from pretrain.report.runlog import train_line
 
 SAMPLE_CHARACTERS = 200  # of a sample on the console; metrics.jsonl has all of it
 
 
 class Console:
-    """Evaluations, samples and the rest as lines; the progress between them as a bar or as lines."""
+    """Evaluations, samples and the rest as lines; the progress between them as a bar or as
+    lines."""
 
     def __init__(self, max_iters: int, step: int, *, enabled: bool = True):
         """enabled=False shows nothing: for all ranks but the first."""
         self.enabled, self.max_iters = enabled, max_iters
         self.bar = tqdm(
-            total=max_iters, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout,
+            total=max_iters,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stdout,
             disable=not (enabled and sys.stdout.isatty()),
-        )  # fmt: skip
+        )
 
     def say(self, text: str) -> None:
         """A line that stays, above the bar where there is one."""
@@ -40,7 +45,9 @@ class Console:
             return
         mfu = "" if record.get("mfu") is None else f", mfu {record['mfu']:.1%}"
         state = f"loss {record['loss']:.4f}, norm {record['grad_norm']:.2f}"
-        self.bar.set_postfix_str(f"{state}, {record['tokens_per_second']:,.0f} tok/s{mfu}", refresh=False)
+        self.bar.set_postfix_str(
+            f"{state}, {record['tokens_per_second']:,.0f} tok/s{mfu}", refresh=False
+        )
         self.bar.update(record["step"] - self.bar.n)
 
     def sample(self, record: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
-"""What the pictures of a report are made of: axes, curves, legends, and SVG or PNG bytes in the end.
+"""What the pictures of a report are made of: axes, curves, legends, and SVG or PNG bytes in the
+end.
 
-matplotlib is loaded by the first figure, draws without a display, and gives the same bytes for the same log.
+matplotlib is loaded by the first figure, draws without a display, and gives the same bytes for the
+same log.
 """
 
 import io
@@ -60,12 +62,17 @@ class Plot:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The look of the pictures; the user's own matplotlib settings stay out of it and as they were."""
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # "building the font cache"
+    """The look of the pictures; the user's own matplotlib settings stay out of it and as they
+    were."""
+    logging.getLogger("matplotlib.font_manager").setLevel(
+        logging.ERROR
+    )  # "building the font cache"
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a run's name in any script
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from"
+        )  # a run's name in any script
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         yield
@@ -77,7 +84,9 @@ def to_svg(plot: Plot) -> str:
     with style():
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         plot.figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    return re.sub(r"<!--.*?-->", "", buffer.getvalue(), flags=re.DOTALL)  # they hold the labels as text
+    return re.sub(
+        r"<!--.*?-->", "", buffer.getvalue(), flags=re.DOTALL
+    )  # they hold the labels as text
 
 
 def darkened(svg: str) -> str:
@@ -91,7 +100,9 @@ def to_png(plot: Plot) -> bytes:
     """A PNG on white, 1,080 pixels wide."""
     buffer = io.BytesIO()
     with style():
-        plot.figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+        plot.figure.savefig(
+            buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None}
+        )
     return buffer.getvalue()
 
 
@@ -110,8 +121,11 @@ def run_colors(runs: list[Run]) -> list[tuple[str, str, str]]:
     return [(color, color, "--") for color in colors]
 
 
-def curve(axes: "Axes", x: np.ndarray, y: np.ndarray, color: str, *, smoothed: bool = False) -> None:
-    """Draw one number per logged step; `smoothed`: faint, with the median of neighbours. nan: no point."""
+def curve(
+    axes: "Axes", x: np.ndarray, y: np.ndarray, color: str, *, smoothed: bool = False
+) -> None:
+    """Draw one number per logged step; `smoothed`: faint, with the median of neighbours. nan: no
+    point."""
     strong = smooth(y)
     keep = np.isfinite(x) & np.isfinite(y)
     x, y, strong = x[keep], y[keep], strong[keep]
@@ -133,15 +147,20 @@ def evaluations(axes: "Axes", x: np.ndarray, y: np.ndarray, color: str, line: st
 
 
 def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `points` of the points: of each stretch the lowest and the highest, so no spike gets lost."""
+    """At most `points` of the points: of each stretch the lowest and the highest, so no spike gets
+    lost."""
     if len(x) <= points:
         return x, y
     parts = np.array_split(np.arange(len(x)), points // 2)
-    kept = np.unique([part[extreme(y[part])] for part in parts for extreme in (np.argmin, np.argmax)])
+    kept = np.unique(
+        [part[extreme(y[part])] for part in parts for extreme in (np.argmin, np.argmax)]
+    )
     return x[kept], y[kept]
 
 
-def labels(axes: "Axes", x: str, y: str, *, compact_x: bool = False, compact_y: bool = False) -> None:
+def labels(
+    axes: "Axes", x: str, y: str, *, compact_x: bool = False, compact_y: bool = False
+) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.set_xlabel(x)
@@ -165,7 +184,8 @@ def compact_number(value: float) -> str:
 
 
 def plain_log_ticks(axes: "Axes") -> None:
-    """A logarithmic y axis with 20, 50, 100 instead of powers of ten: one or two decades at most."""
+    """A logarithmic y axis with 20, 50, 100 instead of powers of ten: one or two decades at
+    most."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -192,5 +212,11 @@ def legend(axes: "Axes", runs: list[Run], kinds: tuple[dict, ...] = ()) -> None:
 def line_kinds(runs: list[Run]) -> tuple[dict, ...]:
     """The legend's entries for training and validation."""
     train, val, line = run_colors(runs)[0] if len(runs) == 1 else (INK, INK, "--")
-    marked = {"label": "validation", "color": val, "linestyle": line, "marker": "o", "markersize": 3.5}
+    marked = {
+        "label": "validation",
+        "color": val,
+        "linestyle": line,
+        "marker": "o",
+        "markersize": 3.5,
+    }
     return {"label": "training", "color": train}, marked

@@ -3,8 +3,8 @@
     for finding in find(Run.load("checkpoints")):
         print(finding.step, finding.title, finding.text, finding.advice)
 
-Every rule compares with the noise of the run's own log, so that a small batch does not look like a fault, and
-stays silent while there are too few lines to tell.
+Every rule compares with the noise of the run's own log, so that a small batch does not look like a
+fault, and stays silent while there are too few lines to tell.
 """
 
 import math
@@ -28,7 +28,15 @@ class Finding:
 
 def find(run: Run) -> list[Finding]:
     """All findings of a run, the earliest first."""
-    rules = (not_finite, overfitting, spikes, rising, not_moving, gradient_norm_growing, throughput_dropping)
+    rules = (
+        not_finite,
+        overfitting,
+        spikes,
+        rising,
+        not_moving,
+        gradient_norm_growing,
+        throughput_dropping,
+    )
     found = [finding for rule in rules if (finding := rule(run)) is not None]
     return sorted(found, key=lambda finding: finding.step)
 
@@ -36,14 +44,17 @@ def find(run: Run) -> list[Finding]:
 def not_finite(run: Run) -> Finding | None:
     """The loss became nan or infinite, or the run stopped itself because something did.
 
-    A gradient norm alone is no fault: with float16 it is infinite now and then, and the step is left out.
+    A gradient norm alone is no fault: with float16 it is infinite now and then, and the step is
+    left out.
     """
     ends = [run.stop] if run.stop and "finite" in str(run.stop.get("reason")) else []
     broken = [record for record in run.train if record.get("loss") in ("nan", "inf", "-inf")] + ends
     if not broken:
         return None
     step = int(broken[0].get("step", run.last_step or 0))
-    values = ", ".join(f"{name} {broken[0][name]}" for name in ("loss", "grad_norm") if name in broken[0])
+    values = ", ".join(
+        f"{name} {broken[0][name]}" for name in ("loss", "grad_norm") if name in broken[0]
+    )
     values = values or broken[0]["reason"]
     return Finding(
         "Loss not finite",
@@ -134,7 +145,9 @@ def rising(run: Run) -> Finding | None:
 def not_moving(run: Run) -> Finding | None:
     """Training loss over the last quarter of the log is what it was over the quarter before."""
     steps, loss, rate = _finite(run.steps, run.loss, column(run.train, "learning_rate"))
-    if len(loss) < MIN_POINTS or (np.isfinite(rate).all() and rate[-1] > 1.01 * rate[len(rate) // 2]):
+    if len(loss) < MIN_POINTS or (
+        np.isfinite(rate).all() and rate[-1] > 1.01 * rate[len(rate) // 2]
+    ):
         return None  # while the learning rate still warms up, nothing need move
     half, last = len(loss) // 2, 3 * len(loss) // 4
     level, now = loss[half:last].mean(), loss[last:].mean()
@@ -174,7 +187,9 @@ def gradient_norm_growing(run: Run) -> Finding | None:
     least = medians[low]
     if medians[-1] < max(2.5 * least, least + 3 * noise(norms[parts[low]])):
         return None
-    if medians[-2] < 1.5 * least or medians[-1] < 0.9 * medians[-2]:  # one late bump, or on its way back
+    if (
+        medians[-2] < 1.5 * least or medians[-1] < 0.9 * medians[-2]
+    ):  # one late bump, or on its way back
         return None
     begins = parts[low][0] + int(np.argmax(smooth(norms)[parts[low][0] :] > 1.5 * least))
     clip = run.setting("grad_clip")
@@ -198,7 +213,9 @@ def throughput_dropping(run: Run) -> Finding | None:
         return None
     level = np.array([np.median(rates[max(0, i - 2) : i + 3]) for i in range(len(rates))])
     usual = float(np.quantile(level, 0.8))
-    begin, end = _longest_stretch(level < usual * (1 - max(0.2, 3 * noise(rates) / max(usual, 1e-9))))
+    begin, end = _longest_stretch(
+        level < usual * (1 - max(0.2, 3 * noise(rates) / max(usual, 1e-9)))
+    )
     if end - begin < max(5, len(rates) // 20):
         return None
     slow = float(np.median(rates[begin:end]))
@@ -214,9 +231,11 @@ def throughput_dropping(run: Run) -> Finding | None:
 
 
 def noise(values: np.ndarray) -> float:
-    """Standard deviation of the values around their trend, from second differences; outliers weigh little."""
+    """Standard deviation of the values around their trend, from second differences; outliers weigh
+    little."""
     bends = np.diff(values[np.isfinite(values)], 2)
-    # The second difference of independent values has (1 + 4 + 1) times their variance; 1.4826: MAD to sd.
+    # The second difference of independent values has (1 + 4 + 1) times their variance; 1.4826: MAD
+    # to sd.
     return float(1.4826 * np.median(np.abs(bends)) / math.sqrt(6)) if len(bends) else 0.0
 
 
@@ -235,7 +254,11 @@ def _parts(values: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray
 def _at(wanted: np.ndarray, steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     """`values` at the wanted steps, between the known ones; nan where nothing is known."""
     known = np.isfinite(values)
-    return np.interp(wanted, steps[known], values[known]) if known.any() else np.full(len(wanted), np.nan)
+    return (
+        np.interp(wanted, steps[known], values[known])
+        if known.any()
+        else np.full(len(wanted), np.nan)
+    )
 
 
 def _longest_stretch(flags: np.ndarray) -> tuple[int, int]:

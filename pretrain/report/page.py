@@ -1,4 +1,5 @@
-"""A report's HTML: key figures, findings, curves, samples, settings, in one document that loads nothing.
+"""A report's HTML: key figures, findings, curves, samples, settings, in one document that loads
+nothing.
 
     html_page(runs, found, pictures)
 
@@ -32,7 +33,8 @@ class Figure(NamedTuple):
 
 
 def html_page(runs: list[Run], found: list[tuple[Run, Finding]], pictures: list[Plot]) -> str:
-    """The whole document; `found`: what findings.find says of each run; `pictures`: from plots.plots."""
+    """The whole document; `found`: what findings.find says of each run; `pictures`: from
+    plots.plots."""
     names = ", ".join(escape(run.name) for run in runs)
     folders = ", ".join(escape(str(run.folder)) for run in runs)
     css = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
@@ -85,18 +87,26 @@ def key_figures(run: Run) -> list[Figure]:
         figures += [Figure("Best validation loss", "–"), Figure("Best perplexity", "–")]
     loss = smooth(run.loss)
     loss = loss[np.isfinite(loss)]
-    figures.append(Figure("Training loss", f"{loss[-1]:.4f}" if len(loss) else "–", "the last, smoothed"))
+    figures.append(
+        Figure("Training loss", f"{loss[-1]:.4f}" if len(loss) else "–", "the last, smoothed")
+    )
     for scoring, results in hellaswag_results(run).items():
         at, result = results[-1]
         note = f"acc_norm at step {at:,}"
         if math.isfinite(count := number(result.get("n"))):
             note += f", {count:,.0f} examples"
-        figures.append(Figure(f"HellaSwag, {scoring}", f"{100 * number(result['acc_norm']):.2f} %", note))
+        figures.append(
+            Figure(f"HellaSwag, {scoring}", f"{100 * number(result['acc_norm']):.2f} %", note)
+        )
     rate = column(run.train, "tokens_per_second")
     share = column(run.train, "mfu")
-    note = f"median; MFU {100 * np.nanmedian(share):.1f} %" if np.isfinite(share).any() else "median"
+    note = (
+        f"median; MFU {100 * np.nanmedian(share):.1f} %" if np.isfinite(share).any() else "median"
+    )
     figures.append(Figure("Time", duration(run.seconds_running), "with evaluations and saves"))
-    figures.append(Figure("Tokens/s", f"{np.nanmedian(rate):,.0f}" if np.isfinite(rate).any() else "–", note))
+    figures.append(
+        Figure("Tokens/s", f"{np.nanmedian(rate):,.0f}" if np.isfinite(rate).any() else "–", note)
+    )
     return figures
 
 
@@ -199,7 +209,9 @@ def _samples(runs: list[Run]) -> str:
         if not by_step:
             continue
         steps = sorted(by_step)
-        shown = sorted({steps[round(i)] for i in np.linspace(0, len(steps) - 1, SAMPLED_STEPS)}, reverse=True)
+        shown = sorted(
+            {steps[round(i)] for i in np.linspace(0, len(steps) - 1, SAMPLED_STEPS)}, reverse=True
+        )
         left_out = f"<p><small>{len(shown)} of {len(steps)} steps with samples.</small></p>"
         blocks.append(
             f'<div class="card">{f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""}'
@@ -211,7 +223,9 @@ def _samples(runs: list[Run]) -> str:
 
 def _sampled_step(step: int, records: list[Record], *, opened: bool) -> str:
     texts = [pair for record in records for pair in _prompts_and_texts(record)]
-    body = "".join(f'<p class="sample"><b>{escape(prompt)}</b>{escape(text)}</p>' for prompt, text in texts)
+    body = "".join(
+        f'<p class="sample"><b>{escape(prompt)}</b>{escape(text)}</p>' for prompt, text in texts
+    )
     first = " ".join(f"{texts[0][0]}{texts[0][1]}".split())[:90] if texts else ""
     summary = f"<summary>Step {step:,} <small>{escape(first)}</small></summary>"
     return f"<details{' open' if opened else ''}>{summary}{body}</details>"
@@ -237,7 +251,9 @@ def _configuration(runs: list[Run]) -> str:
         rows = "".join(_setting_row(runs, key, group) for key in keys)
         opened = "" if tables else " open"
         summary = f"<summary>{escape(group) or 'all else'}</summary>"
-        tables.append(f'<details{opened}>{summary}<table class="settings">{head}{rows}</table></details>')
+        tables.append(
+            f'<details{opened}>{summary}<table class="settings">{head}{rows}</table></details>'
+        )
     return f'<div class="card scroll">{"".join(tables)}</div>'
 
 

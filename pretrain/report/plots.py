@@ -3,7 +3,8 @@
     for plot in plots([Run.load("checkpoints")]):
         print(plot.name, len(to_svg(plot)), len(to_png(plot)))
 
-Each function below draws all runs into one axes and returns the caption, None where no run has such numbers.
+Each function below draws all runs into one axes and returns the caption, None where no run has such
+numbers.
 """
 
 import math
@@ -81,9 +82,9 @@ def loss_by_steps(axes: "Axes", runs: list[Run]) -> str | None:
     if not axes.lines:
         return None
     windows = sorted({smoothing_window(len(run.loss)) for run in runs} - {1})
-    notes = [f"Faint: as logged; strong: median over {' or '.join(map(str, windows))} logged steps."] * bool(
-        windows
-    )
+    notes = [
+        f"Faint: as logged; strong: median over {' or '.join(map(str, windows))} logged steps."
+    ] * bool(windows)
     low, high = axes.get_ylim()
     top = max(late_tops, default=math.inf)
     top += 0.15 * (top - low)
@@ -101,7 +102,9 @@ def loss_by_tokens(axes: "Axes", runs: list[Run]) -> str | None:
     for run, (color, val_color, line) in zip(runs, run_colors(runs), strict=True):
         tokens, eval_tokens = (run.tokens_at(x) for x in (run.steps, column(run.evals, "step")))
         curve(axes, np.where(tokens > 0, tokens, np.nan), run.loss, color, smoothed=True)
-        eval_tokens = np.where(eval_tokens > 0, eval_tokens, np.nan)  # an evaluation before the first step
+        eval_tokens = np.where(
+            eval_tokens > 0, eval_tokens, np.nan
+        )  # an evaluation before the first step
         evaluations(axes, eval_tokens, column(run.evals, "val_loss"), val_color, line)
     if not axes.lines:
         return None
@@ -128,7 +131,11 @@ def accuracy(axes: "Axes", runs: list[Run]) -> str | None:
         evaluations(axes, column(run.evals, "step"), 100 * column(run.evals, "accuracy"), color)
     labels(axes, "step", "correct, %")
     legend(axes, runs)
-    return "Validation tokens for which the most probable token was the right one." if axes.lines else None
+    return (
+        "Validation tokens for which the most probable token was the right one."
+        if axes.lines
+        else None
+    )
 
 
 def learning_rate(axes: "Axes", runs: list[Run]) -> str | None:
@@ -163,7 +170,11 @@ def throughput(axes: "Axes", runs: list[Run]) -> str | None:
 
 def mfu(axes: "Axes", runs: list[Run]) -> str | None:
     _rates(axes, runs, "mfu", 100.0, "MFU, %")
-    return "Share of the device's peak FLOP/s that the model's arithmetic uses." if axes.lines else None
+    return (
+        "Share of the device's peak FLOP/s that the model's arithmetic uses."
+        if axes.lines
+        else None
+    )
 
 
 def hellaswag(axes: "Axes", runs: list[Run], scoring: str) -> str:
@@ -175,8 +186,12 @@ def hellaswag(axes: "Axes", runs: list[Run], scoring: str) -> str:
         percent = np.array([100 * number(result["acc_norm"]) for _, result in results])
         errors = np.array([100 * _standard_error(result) for _, result in results])
         evaluations(axes, steps, percent, color)
-        axes.fill_between(steps, percent - errors, percent + errors, color=color, alpha=0.18, linewidth=0)
-        counts |= {int(count) for _, result in results if math.isfinite(count := number(result.get("n")))}
+        axes.fill_between(
+            steps, percent - errors, percent + errors, color=color, alpha=0.18, linewidth=0
+        )
+        counts |= {
+            int(count) for _, result in results if math.isfinite(count := number(result.get("n")))
+        }
     published = PUBLISHED.get(scoring, {})
     for name, value in {**published, "chance": CHANCE}.items():
         axes.axhline(100 * value, **DASHED)
@@ -205,7 +220,8 @@ def _rates(axes: "Axes", runs: list[Run], key: str, factor: float, label: str) -
 
 
 def _standard_error(result: dict) -> float:
-    """Standard error of acc_norm: the recorded one, else that of a share of n; 0 where n is unknown."""
+    """Standard error of acc_norm: the recorded one, else that of a share of n; 0 where n is
+    unknown."""
     recorded = [number(result.get(key)) for key in ("acc_norm_stderr", "stderr")]
     share, n = number(result["acc_norm"]), number(result.get("n"))
     derived = math.sqrt(share * (1 - share) / n) if n > 0 and 0 <= share <= 1 else 0.0

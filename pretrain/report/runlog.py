@@ -1,17 +1,21 @@
-"""metrics.jsonl, what a run leaves behind to look at: one writer, one reader, and the console's lines.
+"""metrics.jsonl, what a run leaves behind to look at: one writer, one reader, and the console's
+lines.
 
     log = RunLog("checkpoints")
     log.write("train", step=10, loss=9.72, learning_rate=3e-6)
-    read_log("checkpoints/metrics.jsonl")  # [{"event": "train", "time": 1760000000.0, "step": 10, ...}]
+    read_log("checkpoints/metrics.jsonl")  # [{"event": "train", "time": 1760000000.0, "step": 10,
+    ...}]
 
 One JSON object a line, appended, never rewritten. Events:
     start    a process began or resumed here: every flag, the data, the device
-    train    one line per --log_interval: step, loss, learning_rate, grad_norm, tokens, tokens_per_second, ...
+    train    one line per --log_interval: step, loss, learning_rate, grad_norm, tokens,
+    tokens_per_second, ...
     eval     train_loss, val_loss, perplexity, accuracy, HellaSwag where its data is at hand
     sample   prompt, and text: how the model continues it
     stop     why a run ended: finished, signal, not finite
-`step` counts the updates made so far; `tokens` the tokens they were made from. A run that was killed repeats
-the steps after its last checkpoint, so a step can be in the file twice: `last_per_step` keeps the last.
+`step` counts the updates made so far; `tokens` the tokens they were made from. A run that was
+killed repeats the steps after its last checkpoint, so a step can be in the file twice:
+`last_per_step` keeps the last.
 """
 
 import importlib.metadata
@@ -29,8 +33,8 @@ FILE_NAME = "metrics.jsonl"
 
 
 class RunLog:
-    """Appends to `out_dir/metrics.jsonl`. A line goes out in one write, so a reader of a live run sees whole
-    lines. A full disk stops no run: lines wait in memory and go out with a later one."""
+    """Appends to `out_dir/metrics.jsonl`. A line goes out in one write, so a reader of a live run
+    sees whole lines. A full disk stops no run: lines wait in memory and go out with a later one."""
 
     def __init__(self, out_dir: str | Path, *, enabled: bool = True):
         """enabled=False writes nothing: for all ranks but the first."""
@@ -42,7 +46,9 @@ class RunLog:
         if enabled and self.path.exists() and self.path.stat().st_size:
             with open(self.path, "rb") as file:
                 file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":  # a process was killed in the middle of a line: keep ours apart
+                if (
+                    file.read() != b"\n"
+                ):  # a process was killed in the middle of a line: keep ours apart
                     self._pending = b"\n"
 
     def write(self, event: str, **values: Any) -> dict[str, Any]:
@@ -58,22 +64,27 @@ class RunLog:
         except OSError as error:
             if not self._waiting:
                 self._waiting = True
-                print(f"warning: {self.path}: {error.strerror}; lines wait for room", file=sys.stderr)
+                print(
+                    f"warning: {self.path}: {error.strerror}; lines wait for room", file=sys.stderr
+                )
         for tracker in list(self._trackers):
             try:
                 tracker.write(record)
-            except Exception as error:  # whatever a package for looking on does is no reason to stop
+            except (
+                Exception
+            ) as error:  # whatever a package for looking on does is no reason to stop
                 self._trackers.remove(tracker)
                 print(f"warning: {type(tracker).__name__} is left out: {error}", file=sys.stderr)
         return record
 
     def follow(self, tracker: Any) -> None:
-        """From now on tracker.write gets every record too; see pretrain/trackers.py."""
+        """From now on tracker.write gets every record too; see pretrain/report/trackers.py."""
         self._trackers.append(tracker)
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl, in file order. Lines that a kill left unfinished are skipped."""
+    """All records of a metrics.jsonl, in file order. Lines that a kill left unfinished are
+    skipped."""
     records = []
     for line in Path(path).read_bytes().splitlines():
         try:
@@ -86,7 +97,8 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 def last_per_step(records: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
-    """The records of one event, one per step and by step: of steps that were repeated, the last time."""
+    """The records of one event, one per step and by step: of steps that were repeated, the last
+    time."""
     by_step = {record["step"]: record for record in records if record.get("event") == event}
     return [by_step[step] for step in sorted(by_step)]
 
@@ -116,7 +128,8 @@ class Stopwatch:
 
 
 def provenance() -> dict[str, Any]:
-    """What a run was made with: versions, the commit of this program and whether files differ from it."""
+    """What a run was made with: versions, the commit of this program and whether files differ from
+    it."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "numpy"):
         try:
@@ -134,11 +147,16 @@ def provenance() -> dict[str, Any]:
             return None  # not a checkout, or no git
 
     changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"versions": versions, "git_revision": git("rev-parse", "HEAD"), "git_changed": bool(changed)}
+    return {
+        "versions": versions,
+        "git_revision": git("rev-parse", "HEAD"),
+        "git_changed": bool(changed),
+    }
 
 
 def start_block(setup: dict[str, Any], origin: str) -> str:
-    """What a run is about to do, from the values of its "start" record; `origin` says where it begins."""
+    """What a run is about to do, from the values of its "start" record; `origin` says where it
+    begins."""
     flags, model = setup["flags"], setup["model_config"]
     block_size, epochs = setup["run"]["block_size"], flags["max_iters"] / setup["steps_per_epoch"]
     windows = setup["evaluated_windows"]
@@ -147,9 +165,13 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
         evaluated = ", ".join(f"{count:,} windows of {split}" for split, count in windows.items())
         evaluated += f" every {flags['eval_interval']:,} updates"
     known = setup["unigram_entropy"]
-    unigram = "" if known is None else f"; {known:.2f} nats a token by frequency alone (unigram entropy)"
+    unigram = (
+        "" if known is None else f"; {known:.2f} nats a token by frequency alone (unigram entropy)"
+    )
     peak = (
-        f"peak {setup['peak_flops'] / 1e12:,.0f} TFLOP/s" if setup["peak_flops"] else "peak unknown: no MFU"
+        f"peak {setup['peak_flops'] / 1e12:,.0f} TFLOP/s"
+        if setup["peak_flops"]
+        else "peak unknown: no MFU"
     )
     return "\n".join(
         [
@@ -168,9 +190,11 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
     )
 
 
-def scores_block(scores: dict[str, dict[str, float]], hellaswag: dict[str, Any] | None = None) -> str:
-    """An evaluation that stands alone, as a small table. scores: {"val": {"loss", "accuracy", "tokens"},
-    ...}; hellaswag: {"acc", "acc_norm", "n", "style"}."""
+def scores_block(
+    scores: dict[str, dict[str, float]], hellaswag: dict[str, Any] | None = None
+) -> str:
+    """An evaluation that stands alone, as a small table. scores: {"val": {"loss", "accuracy",
+    "tokens"}, ...}; hellaswag: {"acc", "acc_norm", "n", "style"}."""
     lines = [
         f"{split:5s}  loss {part['loss']:.4f}  perplexity {math.exp(part['loss']):.2f}"
         f"  token accuracy {part['accuracy']:.2%}  ({part['tokens']:,} tokens)"
@@ -187,7 +211,8 @@ def scores_block(scores: dict[str, dict[str, float]], hellaswag: dict[str, Any] 
 def train_line(record: dict[str, Any], max_iters: int) -> str:
     """The console's line of a "train" record.
 
-    step   1000/600000 | loss  6.1234 | lr 3.00e-04 | norm   0.91 |   123,457 tok/s |    265.4 ms |  12.3 GB
+    step   1000/600000 | loss  6.1234 | lr 3.00e-04 | norm   0.91 |   123,457 tok/s |    265.4 ms |
+    12.3 GB
 
     with "mfu 41.2%" before the memory where the device's peak is known.
     """
@@ -219,7 +244,9 @@ def eval_line(record: dict[str, Any], max_iters: int) -> str:
         f"accuracy {record['accuracy']:5.1%}",
     ]
     if record.get("hellaswag") is not None:
-        parts.append(f"hellaswag {record['hellaswag']['acc_norm']:5.1%} ({record['hellaswag']['n']})")
+        parts.append(
+            f"hellaswag {record['hellaswag']['acc_norm']:5.1%} ({record['hellaswag']['n']})"
+        )
     return " | ".join(parts)
 
 
@@ -229,7 +256,8 @@ def _step(record: dict[str, Any], max_iters: int) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: nan and inf become the strings "nan" and "inf", everything unknown its str()."""
+    """What JSON can hold: nan and inf become the strings "nan" and "inf", everything unknown its
+    str()."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if value is None or isinstance(value, bool | int | str):

@@ -1,11 +1,11 @@
 """A run as its log tells it: what the page draws and findings judges.
 
     run = Run.load("checkpoints")
-    run.steps, run.loss  # float64 arrays, one entry per logged step, nan where a line lacks the number
-    run.status()         # "finished", "still going (resumed once)", ...
+    run.steps, run.loss  # float64 arrays, one entry per logged step, nan where a line lacks the
+    number run.status()         # "finished", "still going (resumed once)", ...
 
-Everything but metrics.jsonl is optional: a run that began a second ago has no config.json and no evaluation.
-Fields and events that are not known here are passed over.
+Everything but metrics.jsonl is optional: a run that began a second ago has no config.json and no
+evaluation. Fields and events that are not known here are passed over.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.runlog import FILE_NAME, last_per_step, read_log
+from pretrain.report.runlog import FILE_NAME, last_per_step, read_log
 
 Record = dict[str, Any]
 QUIET_SECONDS = (
@@ -31,7 +31,8 @@ class RunError(RuntimeError):
 
 @dataclass
 class Run:
-    """`train`, `evals`, `samples`: records by step, without those that a resume went back behind."""
+    """`train`, `evals`, `samples`: records by step, without those that a resume went back
+    behind."""
 
     name: str
     folder: Path
@@ -79,7 +80,8 @@ class Run:
         return column(self.train, "loss")
 
     def tokens_at(self, steps: np.ndarray) -> np.ndarray:
-        """Tokens trained on by each step, from the training lines around it; nan where none tells."""
+        """Tokens trained on by each step, from the training lines around it; nan where none
+        tells."""
         tokens = column(self.train, "tokens")
         known = np.isfinite(tokens)
         if not known.any():
@@ -121,13 +123,16 @@ class Run:
 
     @property
     def seconds_running(self) -> float:
-        """First line to last line of every process, added up: the time between processes does not count."""
+        """First line to last line of every process, added up: the time between processes does not
+        count."""
         return sum(float(np.ptp(times)) for times in map(_times, self.processes()) if len(times))
 
     def status(self, now: float | None = None) -> str:
         """How the run stands at `now` (seconds since 1970), with how often it was resumed."""
         resumes = len(self.resumed_at)
-        resumed = f" (resumed {resumes} times)" if resumes > 1 else " (resumed once)" if resumes else ""
+        resumed = (
+            f" (resumed {resumes} times)" if resumes > 1 else " (resumed once)" if resumes else ""
+        )
         if self.stop is not None:
             reason = str(self.stop.get("reason", "stopped"))
             return f"{'stopped by ' * reason.startswith('signal')}{reason}{resumed}"
@@ -146,7 +151,9 @@ def number(value: Any) -> float:
     """A log's number; nan for what is none. The log writes nan and inf as strings."""
     if isinstance(value, str):
         return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}.get(value, math.nan)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    return (
+        float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    )
 
 
 def column(records: list[Record], key: str) -> np.ndarray:
@@ -160,9 +167,11 @@ def _times(records: list[Record]) -> np.ndarray:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Running median over `smoothing_window` values, fewer towards the ends; nan stays nan, beside the rest.
+    """Running median over `smoothing_window` values, fewer towards the ends; nan stays nan, beside
+    the rest.
 
-    A median, because it does not smear a spike, and follows the steep beginning of a loss without a bias.
+    A median, because it does not smear a spike, and follows the steep beginning of a loss without a
+    bias.
     """
     known = values[np.isfinite(values)]
     half = smoothing_window(len(values)) // 2
@@ -172,7 +181,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
         medians[i] = np.median(known[i - width : i + width + 1])
     for begin in range(half, len(known) - half, 10_000):  # in parts: each copies its windows
         end = min(begin + 10_000, len(known) - half)
-        windows = np.lib.stride_tricks.sliding_window_view(known[begin - half : end + half], 2 * half + 1)
+        windows = np.lib.stride_tricks.sliding_window_view(
+            known[begin - half : end + half], 2 * half + 1
+        )
         medians[begin:end] = np.median(windows, axis=1)
     smoothed = np.full(len(values), np.nan)
     smoothed[np.isfinite(values)] = medians
@@ -180,7 +191,8 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def smoothing_window(n: int) -> int:
-    """How many of n values `smooth` looks at: 1 (none but itself) for n < 20, else about 3 %, 5 to 201."""
+    """How many of n values `smooth` looks at: 1 (none but itself) for n < 20, else about 3 %, 5 to
+    201."""
     return 1 if n < 20 else min(201, max(5, n // 33) | 1)
 
 
@@ -203,7 +215,8 @@ def _step(record: Record) -> float:
 
 
 def _not_superseded(records: list[Record]) -> list[Record]:
-    """Records with a usable step, less those that lie after the step where a later process began."""
+    """Records with a usable step, less those that lie after the step where a later process
+    began."""
     kept: list[Record] = []
     for record in records:
         step = _step(record)
@@ -222,7 +235,11 @@ def _config(folder: Path, records: list[Record]) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict):
         starts = [record for record in records if record.get("event") == "start"]
-        config = {key: value for key, value in (starts or [{}])[-1].items() if key not in {"event", "time"}}
+        config = {
+            key: value
+            for key, value in (starts or [{}])[-1].items()
+            if key not in {"event", "time"}
+        }
     return _flat(config)
 
 

@@ -26,9 +26,9 @@ class Spike:
 def find_spikes(values: np.ndarray) -> list[Spike]:
     """Stretches of values far above those before them.
 
-    High is what exceeds both the median of the WINDOW values before and that of the last RECENT ones by 0.2
-    and by 8 times their spread (12 times where it stands alone). The spread around their trend is the larger
-    of two robust estimates; the second sees heavy tails.
+    High is what exceeds both the median of the WINDOW values before and that of the last RECENT
+    ones by 0.2 and by 8 times their spread (12 times where it stands alone). The spread around
+    their trend is the larger of two robust estimates; the second sees heavy tails.
     """
     recent = _median_before(values, RECENT)
     levels = np.maximum(recent, _median_before(values, WINDOW, at_least=10))
@@ -51,7 +51,8 @@ def find_spikes(values: np.ndarray) -> list[Spike]:
 
 
 def first_index_back(values: np.ndarray, spike: Spike, near: float) -> int | None:
-    """The first index after a spike from which five values have a median within `near` of its level."""
+    """The first index after a spike from which five values have a median within `near` of its
+    level."""
     for i in range(spike.last + 1, len(values) - 4):
         if np.median(values[i : i + 5]) <= spike.level + near:
             return i
@@ -59,7 +60,8 @@ def first_index_back(values: np.ndarray, spike: Spike, near: float) -> int | Non
 
 
 def _median_before(values: np.ndarray, window: int, at_least: int = RECENT) -> np.ndarray:
-    """Per value the median of the `window` values before it, at first of fewer; inf under `at_least`."""
+    """Per value the median of the `window` values before it, at first of fewer; inf under
+    `at_least`."""
     medians = np.full(len(values), np.inf)
     for i in range(at_least, min(window, len(values))):
         medians[i] = np.median(values[:i])

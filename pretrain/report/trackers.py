@@ -1,6 +1,8 @@
-"""The metrics of a run in TensorBoard and Weights & Biases: what metrics.jsonl gets, under the same names.
+"""The metrics of a run in TensorBoard and Weights & Biases: what metrics.jsonl gets, under the same
+names.
 
-    log.follow(TensorBoard(out_dir, step=0))       # train/loss, train/learning_rate, eval/val_loss, ...
+    log.follow(TensorBoard(out_dir, step=0))       # train/loss, train/learning_rate, eval/val_loss,
+    ...
 
 Neither package is needed by anything else; `missing` says what to install.
 """
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.runlog import read_log
+from pretrain.report.runlog import read_log
 
 PACKAGES = ("tensorboard", "wandb")
 
@@ -27,10 +29,13 @@ def missing(package: str) -> str | None:
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a record of the run log by name: {"eval/val_loss": 3.2, "eval/hellaswag/acc": 0.28}."""
+    """The numbers of a record of the run log by name: {"eval/val_loss": 3.2, "eval/hellaswag/acc":
+    0.28}."""
     if record["event"] not in ("train", "eval"):
         return {}
-    values = {name: value for name, value in record.items() if name not in ("event", "time", "step")}
+    values = {
+        name: value for name, value in record.items() if name not in ("event", "time", "step")
+    }
     return dict(_flat(values, f"{record['event']}/"))
 
 
@@ -49,7 +54,9 @@ class TensorBoard:
         """step: where this process goes on; what a killed one logged after it is hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(Path(out_dir) / "tensorboard"), purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(
+            str(Path(out_dir) / "tensorboard"), purge_step=step + 1 if step else None
+        )
 
     def write(self, record: dict[str, Any]) -> None:
         for name, value in numbers(record).items():
@@ -62,24 +69,31 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases; one that resumes goes on in the same. WANDB_PROJECT, WANDB_MODE=offline and
-    the like work as its documentation says."""
+    """A run of Weights & Biases; one that resumes goes on in the same. WANDB_PROJECT,
+    WANDB_MODE=offline and the like work as its documentation says."""
 
     def __init__(self, out_dir: str | Path, *, config: dict[str, Any], started: float):
-        """started: time of the run's first "start" record, which with out_dir tells it from other runs.
-        Raises TrackerError, for instance when nobody is logged in."""
+        """started: time of the run's first "start" record, which with out_dir tells it from other
+        runs. Raises TrackerError, for instance when nobody is logged in."""
         import wandb
 
         out_dir = Path(out_dir).resolve()
         run_id = hashlib.sha256(f"{out_dir} {started}".encode()).hexdigest()[:16]
         try:
             self.run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "gpt2"), name=out_dir.name, id=run_id,
-                resume="allow", dir=str(out_dir), config=config, settings=wandb.Settings(console="off"),
-            )  # fmt: skip
+                project=os.environ.get("WANDB_PROJECT", "gpt2"),
+                name=out_dir.name,
+                id=run_id,
+                resume="allow",
+                dir=str(out_dir),
+                config=config,
+                settings=wandb.Settings(console="off"),
+            )
         except (wandb.Error, OSError) as error:
             reason = str(error).split("\n")[0]
-            raise TrackerError(f"--wandb: {reason}; run `wandb login`, or set WANDB_MODE=offline") from None
+            raise TrackerError(
+                f"--wandb: {reason}; run `wandb login`, or set WANDB_MODE=offline"
+            ) from None
         self.run.define_metric("*", step_metric="step")  # steps may be repeated after a resume
 
     def write(self, record: dict[str, Any]) -> None:
@@ -96,10 +110,13 @@ class WandB:
 def open_trackers(
     tensorboard: bool, wandb: bool, log_path: Path, step: int, config: dict[str, Any]
 ) -> list[TensorBoard | WandB]:
-    """Those that are wanted, for the run whose metrics.jsonl, with a "start" record, is at log_path."""
+    """Those that are wanted, for the run whose metrics.jsonl, with a "start" record, is at
+    log_path."""
     trackers: list[TensorBoard | WandB] = []
     if tensorboard:
         trackers.append(TensorBoard(log_path.parent, step=step))
     if wandb:
-        trackers.append(WandB(log_path.parent, config=config, started=read_log(log_path)[0]["time"]))
+        trackers.append(
+            WandB(log_path.parent, config=config, started=read_log(log_path)[0]["time"])
+        )
     return trackers

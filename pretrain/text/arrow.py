@@ -1,7 +1,7 @@
 """Arrow arrays to and from numpy, through their buffers.
 
-pyarrow's own conversions (to_numpy, pa.array, pa.scalar) import pandas where it is installed, as it is with
-`datasets`: a quarter of a second in every process.
+pyarrow's own conversions (to_numpy, pa.array, pa.scalar) import pandas where it is installed, as it
+is with `datasets`: a quarter of a second in every process.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import pyarrow as pa
 
 
 def lengths(texts: pa.Array) -> np.ndarray:
-    """Bytes of each text, (n,) int64; 0 for null. texts: string, large_string, binary or large_binary."""
+    """Bytes of each text, (n,) int64; 0 for null. texts: string, large_string, binary or
+    large_binary."""
     large = pa.types.is_large_string(texts.type) or pa.types.is_large_binary(texts.type)
-    offsets = _values(texts.buffers()[1], np.int64 if large else np.int32, texts.offset, len(texts) + 1)
+    offsets = _values(
+        texts.buffers()[1], np.int64 if large else np.int32, texts.offset, len(texts) + 1
+    )
     return np.diff(offsets.astype(np.int64)) * valid(texts)
 
 

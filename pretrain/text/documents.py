@@ -1,24 +1,30 @@
-"""Where text comes from: the Hub, parquet, JSON lines and text files, as Arrow batches with a position.
+"""Where text comes from: the Hub, parquet, JSON lines and text files, as Arrow batches with a
+position.
 
-    source = local_source(["corpus/", "more/*.jsonl.gz"])   # or hub_source("HuggingFaceFW/fineweb-edu", ...)
-    for unit in plan_units(source, unit_bytes=16 << 20):    # in document order, made as they are asked for
-        for batch in read_unit(source, unit):               # in any process: source and unit are picklable
-            batch.texts, batch.rows                         # pa.Array of strings, row numbers in the unit
+    source = local_source(["corpus/", "more/*.jsonl.gz"])   # or
+    hub_source("HuggingFaceFW/fineweb-edu", ...) for unit in plan_units(source, unit_bytes=16 <<
+    20):    # in document order, made as they are asked for
+        for batch in read_unit(source, unit):               # in any process: source and unit are
+        picklable
+            batch.texts, batch.rows                         # pa.Array of strings, row numbers in
+            the unit
 
-The documents of all units, in order, are the documents of the source: they do not depend on `unit_bytes`. A
-unit is some row groups of a parquet file, or a byte range of a plain jsonl or txt file. A compressed file
-can only be read from its beginning, so it is one unit however large, as is a huge row group: use batches as
-they come.
+The documents of all units, in order, are the documents of the source: they do not depend on
+`unit_bytes`. A unit is some row groups of a parquet file, or a byte range of a plain jsonl or txt
+file. A compressed file can only be read from its beginning, so it is one unit however large, as is
+a huge row group: use batches as they come.
 
-To resume, record where the next token comes from: `Position(file, row, token, offset)`, where row is the
-file's row number (the unit's first row plus `batch.rows[i]`) and offset is `batch.offsets[i]` where a batch
-has offsets. A plan made with `resume=position` begins with the unit that has this row: read that one with
-`skip_rows=position.row - unit.first_row` and drop the first `position.token` tokens. Nothing that came
-before is read again, except within one row group, and within a compressed file.
+To resume, record where the next token comes from: `Position(file, row, token, offset)`, where row
+is the file's row number (the unit's first row plus `batch.rows[i]`) and offset is
+`batch.offsets[i]` where a batch has offsets. A plan made with `resume=position` begins with the
+unit that has this row: read that one with `skip_rows=position.row - unit.first_row` and drop the
+first `position.token` tokens. Nothing that came before is read again, except within one row group,
+and within a compressed file.
 
-Files on the Hub are read by range requests in the process that calls read_unit, and never stored. What a
-user can do something about is raised as SourceError: one line with the file, the row and the way out. Rows
-of parquet files are counted from 0 as pyarrow and pandas do, lines of text files from 1 as editors do.
+Files on the Hub are read by range requests in the process that calls read_unit, and never stored.
+What a user can do something about is raised as SourceError: one line with the file, the row and the
+way out. Rows of parquet files are counted from 0 as pyarrow and pandas do, lines of text files from
+1 as editors do.
 """
 
 from __future__ import annotations
@@ -32,10 +38,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.source import Batch, File, Patience, Position, Source, SourceError, Unit, UnreadableFile
+from pretrain.text.source import (
+    Batch,
+    File,
+    Patience,
+    Position,
+    Source,
+    SourceError,
+    Unit,
+    UnreadableFile,
+)
 
 if TYPE_CHECKING:
-    from pretrain.parquet import Footer, Report
+    from pretrain.text.readers.parquet import Footer, Report
 
 __all__ = [
     "Batch",
@@ -51,7 +66,13 @@ __all__ = [
     "read_unit",
 ]
 
-KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "txt"}
+KINDS = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "txt",
+}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 LEAVE_OUT_FILES = "(--on_bad_document skip leaves such files out)"
 READABLE = ".parquet, .jsonl or .txt (the latter two also as .gz or .zst)"
@@ -71,9 +92,10 @@ def kind_of(path: str) -> tuple[str, str | None] | None:
 def local_source(paths: Sequence[str | os.PathLike], *, text_column: str = "text") -> Source:
     """Files, folders and glob patterns (with ** for any depth), in the order given, each file once.
 
-    A folder stands for all .parquet, .jsonl and .txt files below it (plain .json only where it is named:
-    folders have many that are no documents) in the order of their relative paths; names that begin with "."
-    or "_" are left out. Raises SourceError for what does not exist or cannot be read.
+    A folder stands for all .parquet, .jsonl and .txt files below it (plain .json only where it is
+    named: folders have many that are no documents) in the order of their relative paths; names that
+    begin with "." or "_" are left out. Raises SourceError for what does not exist or cannot be
+    read.
     """
     files: dict[str, File] = {}  # by real path
     for given in map(os.fspath, paths):
@@ -83,7 +105,10 @@ def local_source(paths: Sequence[str | os.PathLike], *, text_column: str = "text
     description = {
         "kind": "local",
         "text_column": text_column,
-        "files": [{"path": f.path, "size": f.size, "edges_sha256": _edges_sha256(f)} for f in files.values()],
+        "files": [
+            {"path": f.path, "size": f.size, "edges_sha256": _edges_sha256(f)}
+            for f in files.values()
+        ],
     }
     return Source(_name_of(paths), tuple(files.values()), text_column, description)
 
@@ -102,7 +127,9 @@ def _expand(given: str) -> list[Path]:
     else:
         found = [Path(p) for p in glob.glob(given, recursive=True)]
         if not found:
-            raise SourceError(f"{given}: no such file or folder, and no file matches it as a pattern")
+            raise SourceError(
+                f"{given}: no such file or folder, and no file matches it as a pattern"
+            )
     found = [p for p in found if kind_of(p.name) and p.is_file()]
     if not found:
         raise SourceError(f"{given}: no file in it can be read; a source is {READABLE}")
@@ -110,7 +137,8 @@ def _expand(given: str) -> list[Path]:
 
 
 def _edges_sha256(file: File) -> str:
-    """Hash of the first and last 64 KiB: another file in its place is noticed without reading it all."""
+    """Hash of the first and last 64 KiB: another file in its place is noticed without reading it
+    all."""
     try:
         with open(file.path, "rb") as f:
             digest = hashlib.sha256(f.read(1 << 16))
@@ -139,19 +167,22 @@ def hub_source(
     text_column: str = "text",
     patience: Patience | None = None,
 ) -> Source:
-    """The files that `datasets.load_dataset(dataset, name, split=split, revision=revision)` would read.
+    """The files that `datasets.load_dataset(dataset, name, split=split, revision=revision)` would
+    read.
 
-    `revision` is resolved to a commit now and recorded in the description; a rerun that must read the same
-    documents passes that commit. Raises SourceError for a dataset, configuration or split that does not
-    exist or may not be read, for files of other kinds, and when the Hub stays away for longer than
-    `patience`.
+    `revision` is resolved to a commit now and recorded in the description; a rerun that must read
+    the same documents passes that commit. Raises SourceError for a dataset, configuration or split
+    that does not exist or may not be read, for files of other kinds, and when the Hub stays away
+    for longer than `patience`.
     """
-    from pretrain import hub
+    from pretrain.text import hub
 
     patience = patience or Patience()
     found = hub.resolve(dataset, name=name, split=split, revision=revision, patience=patience)
     if other := [f.path for f in found.files if kind_of(f.path) is None]:
-        raise SourceError(f"dataset {dataset}: {other[0]} cannot be read; its files have to be {READABLE}")
+        raise SourceError(
+            f"dataset {dataset}: {other[0]} cannot be read; its files have to be {READABLE}"
+        )
     description = {
         "kind": "hub",
         "dataset": dataset,
@@ -169,11 +200,13 @@ def hub_source(
 # ---- units
 
 
-def plan_units(source: Source, *, unit_bytes: int, resume: Position | None = None) -> Iterator[Unit]:
+def plan_units(
+    source: Source, *, unit_bytes: int, resume: Position | None = None
+) -> Iterator[Unit]:
     """Units of about `unit_bytes` stored bytes of text each, in document order, from `resume` on.
 
-    Footers of parquet files are read when their turn comes. A file without a readable one is a unit of no row
-    groups: read_unit says what is wrong with it, or leaves it out.
+    Footers of parquet files are read when their turn comes. A file without a readable one is a unit
+    of no row groups: read_unit says what is wrong with it, or leaves it out.
     """
     at = resume or Position(0, 0)
     for index in range(at.file, len(source.files)):
@@ -211,7 +244,8 @@ def _parquet_units(source: Source, index: int, unit_bytes: int, row: int) -> Ite
 
 
 def footer(file: File, text_column: str, patience: Patience) -> Footer:
-    """The footer of a parquet file; the latest are kept for the units that follow. Raises UnreadableFile."""
+    """The footer of a parquet file; the latest are kept for the units that follow. Raises
+    UnreadableFile."""
     return _footer(file, text_column, patience, 0 if file.url else os.stat(file.path).st_mtime_ns)
 
 
@@ -219,7 +253,7 @@ def footer(file: File, text_column: str, patience: Patience) -> Footer:
 def _footer(file: File, text_column: str, patience: Patience, modified_ns: int) -> Footer:
     import pyarrow as pa
 
-    from pretrain.parquet import read_footer
+    from pretrain.text.readers.parquet import read_footer
 
     with open_file(file, patience) as stored:
         try:
@@ -239,10 +273,10 @@ def read_unit(
 ) -> Iterator[Batch]:
     """The unit's documents in order, without its first `skip_rows` rows.
 
-    Documents with null or empty text are left out and told. One that is broken (wrong type, broken JSON,
-    no such key, invalid UTF-8) raises SourceError, or with on_bad_document="skip" is left out and counted; so
-    does a parquet file that is truncated or lacks the column. Other damage inside a file, and one that
-    changed its size, always raises.
+    Documents with null or empty text are left out and told. One that is broken (wrong type, broken
+    JSON, no such key, invalid UTF-8) raises SourceError, or with on_bad_document="skip" is left out
+    and counted; so does a parquet file that is truncated or lacks the column. Other damage inside a
+    file, and one that changed its size, always raises.
     """
     if on_bad_document not in ("stop", "skip"):
         raise ValueError(f"on_bad_document is 'stop' or 'skip', not {on_bad_document!r}")
@@ -259,18 +293,20 @@ def read_unit(
         except UnreadableFile as e:
             if on_bad_document == "stop":
                 raise UnreadableFile(f"{e} {LEAVE_OUT_FILES}") from None
-            from pretrain import parquet
+            from pretrain.text.readers import parquet
 
             yield parquet.unreadable_file()
     if not file.url and os.path.getsize(file.path) != file.size:
         raise SourceError(f"{file.path}: changed its size while it was read; start again")
 
 
-def read_open_file(source: Source, unit: Unit, stored, *, skip_rows: int, report: Report) -> Iterator[Batch]:
+def read_open_file(
+    source: Source, unit: Unit, stored, *, skip_rows: int, report: Report
+) -> Iterator[Batch]:
     """The unit's batches from its open file; bad documents go to `report`."""
     import pyarrow as pa
 
-    from pretrain import parquet, textfile
+    from pretrain.text.readers import parquet, textfile
 
     file, done = source.files[unit.file], skip_rows
     try:
@@ -287,7 +323,9 @@ def read_open_file(source: Source, unit: Unit, stored, *, skip_rows: int, report
                 stream, stop = pa.CompressedInputStream(stored, file.compression), None
             options = {"skip_rows": skip_rows, "report": report}
             if file.kind == "jsonl":
-                batches = textfile.read_jsonl(stream, unit.start, stop, column=source.text_column, **options)
+                batches = textfile.read_jsonl(
+                    stream, unit.start, stop, column=source.text_column, **options
+                )
             else:
                 batches = textfile.read_txt(stream, unit.start, stop, **options)
         for batch in batches:
@@ -302,7 +340,7 @@ def read_open_file(source: Source, unit: Unit, stored, *, skip_rows: int, report
 def open_file(file: File, patience: Patience):
     """The stored bytes, for reading and seeking, by this code and by pyarrow."""
     if file.url:
-        from pretrain.remote import RemoteFile
+        from pretrain.text.remote import RemoteFile
 
         return RemoteFile(file.url, file.size, patience)
     try:
@@ -321,7 +359,9 @@ def place(file: File, unit: Unit, row: int, offset: int | None) -> str:
         return f"{file.path}, row {unit.first_row + row}"
     if offset is not None and not file.url:
         with open(file.path, "rb") as f:
-            feeds = sum(f.read(min(1 << 20, offset - at)).count(b"\n") for at in range(0, offset, 1 << 20))
+            feeds = sum(
+                f.read(min(1 << 20, offset - at)).count(b"\n") for at in range(0, offset, 1 << 20)
+            )
         return f"{file.path}, line {feeds + 1}"
     if unit.first_row is not None:
         what = "line" if file.kind == "jsonl" else "document"

@@ -2,7 +2,8 @@
 
     fetch(url, Path("data/hellaswag/hellaswag_val.jsonl"), size=12_246_618, sha256="0aa3b88843...")
 
-Faults of the network are retried as pretrain/remote.py has it; a body that was cut is asked for anew.
+Faults of the network are retried as pretrain/text/remote.py has it; a body that was cut is asked
+for anew.
 """
 
 import contextlib
@@ -12,8 +13,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pretrain.remote import BLOCK, Fault, Waiting, attempt, cause
-from pretrain.source import Patience, SourceError
+from pretrain.text.remote import BLOCK, Fault, Waiting, attempt, cause
+from pretrain.text.source import Patience, SourceError
 
 PATIENCE = Patience(give_up_seconds=30, rate_limit_seconds=120)
 
@@ -32,12 +33,12 @@ def fetch(
     patience: Patience | None = None,
     progress: bool = False,
 ) -> None:
-    """Make sure that `path` is the file at `url`: of `size` bytes, with this SHA-256, and with nothing wrong
-    that `check` finds (it returns what is wrong, or None).
+    """Make sure that `path` is the file at `url`: of `size` bytes, with this SHA-256, and with
+    nothing wrong that `check` finds (it returns what is wrong, or None).
 
-    A good file is left alone, another one replaced. Several processes may call this at once: one downloads,
-    the others wait for a lock on a file beside `path`, and fail as it fails. Raises DownloadError, and
-    OSError for a folder that cannot be written to.
+    A good file is left alone, another one replaced. Several processes may call this at once: one
+    downloads, the others wait for a lock on a file beside `path`, and fail as it fails. Raises
+    DownloadError, and OSError for a folder that cannot be written to.
     """
 
     def problem(file: Path) -> str | None:
@@ -57,12 +58,17 @@ def fetch(
     with FileLock(path.with_name(f".{path.name}.lock")):
         if path.is_file() and problem(path) is None:  # downloaded while this process waited
             return
-        if (failure := _read(note)) not in ("", last_failure):  # tried in vain while this process waited
+        if (failure := _read(note)) not in (
+            "",
+            last_failure,
+        ):  # tried in vain while this process waited
             raise DownloadError(failure.partition("\n")[2])
         try:
             _download(url, part, size, patience or PATIENCE, progress)
             if wrong := problem(part):
-                raise DownloadError(f"{url}: what came is not the file ({wrong}): a proxy's or a login page?")
+                raise DownloadError(
+                    f"{url}: what came is not the file ({wrong}): a proxy's or a login page?"
+                )
             os.replace(part, path)
         except DownloadError as error:
             note.write_text(f"{uuid.uuid4()}\n{error}", encoding="utf-8")
@@ -83,7 +89,8 @@ def _read(note: Path) -> str:
 
 
 def _download(url: str, part: Path, size: int | None, patience: Patience, progress: bool) -> None:
-    """The body at `url` into the file `part`, begun anew after a fault until patience is at its end."""
+    """The body at `url` into the file `part`, begun anew after a fault until patience is at its
+    end."""
     from tqdm import tqdm
 
     waiting = Waiting(url, patience)
@@ -108,7 +115,8 @@ def _download(url: str, part: Path, size: int | None, patience: Patience, progre
 
 
 def _body(url: str, waiting: Waiting) -> Iterator[bytes]:
-    """What the address holds, in blocks. Raises Fault for what may pass, a cut body too, else SourceError."""
+    """What the address holds, in blocks. Raises Fault for what may pass, a cut body too, else
+    SourceError."""
     from urllib3.exceptions import HTTPError
 
     response, _ = attempt(url, home=url, token=None, timeouts=waiting.timeouts())

@@ -1,9 +1,10 @@
 """Which files a dataset on the Hugging Face Hub consists of.
 
-What a configuration and a split mean is for `datasets` to say. But today's clients die of one HTTP 503 and
-hang for minutes when the Hub is gone, so `datasets` is not let onto the network: it is shown a folder that
-has the repository's dataset card, and its other files as empty ones, and is asked which of them it would
-read. The requests behind that folder are our own, and patient (see pretrain.remote).
+What a configuration and a split mean is for `datasets` to say. But today's clients die of one HTTP
+503 and hang for minutes when the Hub is gone, so `datasets` is not let onto the network: it is
+shown a folder that has the repository's dataset card, and its other files as empty ones, and is
+asked which of them it would read. The requests behind that folder are our own, and patient (see
+pretrain.text.remote).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from pretrain.remote import LOGIN, Fault, Refused, Waiting, attempt, cause, hub_token
-from pretrain.source import Patience, SourceError
+from pretrain.text.remote import LOGIN, Fault, Refused, Waiting, attempt, cause, hub_token
+from pretrain.text.source import Patience, SourceError
 
 CARD, STANDALONE_CARD = "README.md", ".huggingface.yaml"  # the latter takes precedence
 
@@ -40,11 +41,14 @@ class HubDataset:
     files: list[HubFile]
 
 
-def resolve(dataset: str, *, name: str | None, split: str, revision: str, patience: Patience) -> HubDataset:
-    """The files of one split, in the order in which `datasets` would read them, at the commit of `revision`.
+def resolve(
+    dataset: str, *, name: str | None, split: str, revision: str, patience: Patience
+) -> HubDataset:
+    """The files of one split, in the order in which `datasets` would read them, at the commit of
+    `revision`.
 
-    Raises SourceError that says what is wrong: no such dataset, revision, configuration or split, no
-    permission, no Hub for longer than `patience`.
+    Raises SourceError that says what is wrong: no such dataset, revision, configuration or split,
+    no permission, no Hub for longer than `patience`.
     """
     from huggingface_hub import constants
 
@@ -63,7 +67,9 @@ def resolve(dataset: str, *, name: str | None, split: str, revision: str, patien
     listing = {entry["path"]: entry for folder in folders for entry in repo.tree(folder)}
     config_name, paths = _ask_datasets(dataset, cards, listing, name=name, split=split)
     files = [
-        HubFile(path, listing[path]["size"], (listing[path].get("lfs") or {}).get("oid"), repo.url(path))
+        HubFile(
+            path, listing[path]["size"], (listing[path].get("lfs") or {}).get("oid"), repo.url(path)
+        )
         for path in paths
     ]
     return HubDataset(repo.commit, config_name, files)
@@ -85,7 +91,9 @@ class Repository:
         if refused.code == "RevisionNotFound":
             return f"has no revision {revision!r}; check --revision"
         if refused.code == "GatedRepo":
-            return f"is gated: ask for access at {self.endpoint}/datasets/{self.dataset}, then {LOGIN}"
+            return (
+                f"is gated: ask for access at {self.endpoint}/datasets/{self.dataset}, then {LOGIN}"
+            )
         if refused.status in (401, 404):
             return f"is not on {self.endpoint}, or is private; check --dataset, or {LOGIN}"
         return str(refused)
@@ -104,7 +112,9 @@ class Repository:
 
     def tree(self, folder: str) -> list[dict]:
         """All files below a folder of the repository: {"path", "size", "lfs": {"oid"}, ...}."""
-        base = f"{self.endpoint}/api/datasets/{self.dataset}/tree/{self.commit}/{quote(folder)}".rstrip("/")
+        base = f"{self.endpoint}/api/datasets/{self.dataset}/tree/{self.commit}/{quote(folder)}".rstrip(
+            "/"
+        )
         query, entries = "recursive=true", []
         while query:
             try:
@@ -133,7 +143,9 @@ class Repository:
         waiting = Waiting(f"dataset {self.dataset} on {self.endpoint}", self.patience)
         while True:
             try:
-                response, _ = attempt(url, home=self.endpoint, token=self.token, timeouts=waiting.timeouts())
+                response, _ = attempt(
+                    url, home=self.endpoint, token=self.token, timeouts=waiting.timeouts()
+                )
                 size = len(response.content)
                 if size != int(response.headers.get("Content-Length", size)):
                     raise Fault("the connection was closed early")  # urllib3 1 does not notice
@@ -170,7 +182,8 @@ def _config_of_card(cards: dict[str, str], name: str | None) -> dict | None:
 
 
 def _patterns(config: dict) -> list[str]:
-    """All patterns of a configuration's `data_files`; "" for what is not simply one within the repository."""
+    """All patterns of a configuration's `data_files`; "" for what is not simply one within the
+    repository."""
 
     def flat(value) -> list[str]:
         if isinstance(value, list):
@@ -211,15 +224,20 @@ def _ask_datasets(
         splits = {str(key): files for key, files in (builder.config.data_files or {}).items()}
         if split not in splits:
             known = _names(splits, split)
-            raise SourceError(f"dataset {dataset} has no split {split!r}; choose --split from {known}")
+            raise SourceError(
+                f"dataset {dataset} has no split {split!r}; choose --split from {known}"
+            )
         paths = [os.path.relpath(path, root).replace(os.sep, "/") for path in splits[split]]
     if elsewhere := [path for path in paths if path not in listing]:
-        raise SourceError(f"dataset {dataset}: its card names {elsewhere[0]}, which is not in its repository")
+        raise SourceError(
+            f"dataset {dataset}: its card names {elsewhere[0]}, which is not in its repository"
+        )
     return builder.config.name, paths
 
 
 def _lay_out(root: Path, files: dict[str, str]) -> None:
-    """Write files of a repository below `root`, the cards only where they have something in them."""
+    """Write files of a repository below `root`, the cards only where they have something in
+    them."""
     folders = {os.path.dirname(path) for path in files}
     for folder in folders:
         if folder.startswith("/") or ".." in folder.split("/"):
@@ -245,7 +263,9 @@ def _explain(error: Exception, root: str, name: str | None) -> str:
         return f"has no configuration {name!r}; choose --name from {_names(configs, name)}"
     if "script" in str(error):
         return "is made by a script, which is not run; try --revision refs/convert/parquet"
-    return " ".join(str(error).replace(root, "the repository").split())[:300] or type(error).__name__
+    return (
+        " ".join(str(error).replace(root, "the repository").split())[:300] or type(error).__name__
+    )
 
 
 def _names(names: Iterable[str], wanted: str = "") -> str:

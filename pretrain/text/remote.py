@@ -1,9 +1,9 @@
 """A remote file that is read as if it were here, whatever the network does.
 
-Faults are normal over hours of reading, so every request is retried with backoff and jitter, a server that
-asks for a pause gets it, a body that is cut short or stalls is resumed where it ended, and a signed link
-that has expired is asked for again. What delivers nothing for `Patience.give_up_seconds` ends in one
-SourceError.
+Faults are normal over hours of reading, so every request is retried with backoff and jitter, a
+server that asks for a pause gets it, a body that is cut short or stalls is resumed where it ended,
+and a signed link that has expired is asked for again. What delivers nothing for
+`Patience.give_up_seconds` ends in one SourceError.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import re
 import time
 from urllib.parse import urljoin, urlsplit
 
-from pretrain.source import Patience, SourceError
+from pretrain.text.source import Patience, SourceError
 
 log = logging.getLogger(__name__)
-_links: dict[str, str] = {}  # where files were redirected to: asked for again when a link has expired
+_links: dict[
+    str, str
+] = {}  # where files were redirected to: asked for again when a link has expired
 
 BLOCK = 1 << 17  # bytes asked of a socket at a time: what a stall can cost
 LARGEST_HOLE = 1 << 18  # reading over this many unwanted bytes costs less than another request
@@ -30,10 +32,13 @@ LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 class Fault(Exception):
-    """An attempt failed, and another may not. `retry_after`: seconds of pause that the server asks for."""
+    """An attempt failed, and another may not. `retry_after`: seconds of pause that the server asks
+    for."""
 
     def __init__(self, cause: str, retry_after: float | None = None):
-        super().__init__(f"{cause}, asks for a pause of {retry_after:.0f} s" if retry_after else cause)
+        super().__init__(
+            f"{cause}, asks for a pause of {retry_after:.0f} s" if retry_after else cause
+        )
         self.retry_after = retry_after
 
 
@@ -59,14 +64,17 @@ class Waiting:
         self.faults = 0
 
     def timeouts(self) -> tuple[float, float]:
-        """Seconds to (connect, wait for bytes), so that no attempt goes on far beyond the deadline."""
+        """Seconds to (connect, wait for bytes), so that no attempt goes on far beyond the
+        deadline."""
         left = max(1.0, self.deadline - time.monotonic())
         return min(self.patience.connect_seconds, left), min(self.patience.read_seconds, left)
 
     def after(self, fault: Fault) -> None:
         """Sleep before the next attempt, or raise SourceError when the time is up."""
         p, now = self.patience, time.monotonic()
-        wait = min(p.longest_wait_seconds, p.first_wait_seconds * 2**self.faults) * random.uniform(0.5, 1.0)
+        wait = min(p.longest_wait_seconds, p.first_wait_seconds * 2**self.faults) * random.uniform(
+            0.5, 1.0
+        )
         self.faults += 1
         if fault.retry_after:  # a pause that the server asks for is no sign that it has gone
             wait = max(wait, fault.retry_after)
@@ -74,7 +82,9 @@ class Waiting:
             self.deadline = max(self.deadline, min(latest, self.deadline + fault.retry_after))
         if now + wait > self.deadline:
             tries = f"{self.faults} attempt{'s' * (self.faults > 1)} in {now - self.began:.0f} s"
-            raise SourceError(f"{self.what}: {fault} ({tries}); rerun the same command later to continue")
+            raise SourceError(
+                f"{self.what}: {fault} ({tries}); rerun the same command later to continue"
+            )
         if wait >= 5:
             log.warning("%s: %s; trying again in %.0f s", self.what, fault, wait)
         time.sleep(wait)
@@ -102,11 +112,14 @@ def origin(url: str) -> tuple[str, str]:
     return parts.scheme, parts.netloc
 
 
-def attempt(url: str, *, home: str, token: str | None, timeouts: tuple[float, float], byte_range=None):
-    """One GET whose redirects are followed by hand: the token goes to the origin of `home` and nowhere else.
+def attempt(
+    url: str, *, home: str, token: str | None, timeouts: tuple[float, float], byte_range=None
+):
+    """One GET whose redirects are followed by hand: the token goes to the origin of `home` and
+    nowhere else.
 
-    Returns an open response (200 or 206) and the address it came from. Raises Fault for what may pass,
-    Refused or another SourceError for what will not.
+    Returns an open response (200 or 206) and the address it came from. Raises Fault for what may
+    pass, Refused or another SourceError for what will not.
     """
     import requests
 
@@ -122,7 +135,9 @@ def attempt(url: str, *, home: str, token: str | None, timeouts: tuple[float, fl
                 timeout=timeouts,
                 stream=True,
                 allow_redirects=False,
-                auth=lambda request: request,  # else requests would put a ~/.netrc entry in the token's place
+                auth=lambda request: (
+                    request
+                ),  # else requests would put a ~/.netrc entry in the token's place
             )
         except (requests.ConnectionError, requests.Timeout) as e:
             raise _fault_or_error(url, e) from None
@@ -150,7 +165,9 @@ def _status_fault(url: str, home: str, response) -> Exception:
     answer = f"HTTP {status} {response.reason or ''}".rstrip()
     if status in (408, 425, 429) or status >= 500:
         return Fault(answer, _retry_after(response))
-    if origin(url) != origin(home):  # a signed link that has expired: the next attempt gets a new one
+    if origin(url) != origin(
+        home
+    ):  # a signed link that has expired: the next attempt gets a new one
         return Fault(f"{answer} from {urlsplit(url).netloc}")
     said = response.headers.get("X-Error-Message") or answer
     hint = f"; {LOGIN}" if status in (401, 403) else ""
@@ -158,7 +175,8 @@ def _status_fault(url: str, home: str, response) -> Exception:
 
 
 def _retry_after(response) -> float | None:
-    """Seconds from Retry-After (a number or a date), or from the Hub's RateLimit header (...;r=0;t=120)."""
+    """Seconds from Retry-After (a number or a date), or from the Hub's RateLimit header
+    (...;r=0;t=120)."""
     value = response.headers.get("Retry-After", "").strip()
     if value.isdigit():
         return float(value)
@@ -171,7 +189,9 @@ def _retry_after(response) -> float | None:
 
 def cause(error: Exception) -> str:
     """What went wrong, out of the exceptions that clients nest in each other."""
-    while nested := [e for e in (getattr(error, "reason", None), *error.args) if isinstance(e, Exception)]:
+    while nested := [
+        e for e in (getattr(error, "reason", None), *error.args) if isinstance(e, Exception)
+    ]:
         error = nested[0]
     if isinstance(error, TimeoutError) or "timed out" in str(error):
         return "no answer in time"
@@ -182,10 +202,12 @@ def cause(error: Exception) -> str:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file behind a URL for reading: tell, seek and read, as pyarrow and the text readers need them.
+    """A file behind a URL for reading: tell, seek and read, as pyarrow and the text readers need
+    them.
 
-    Bytes come out of one open response as long as reads go forward. `expect` names the ranges that will be
-    read, so that a request asks for all of one at once; without it, a request asks for exactly what is read.
+    Bytes come out of one open response as long as reads go forward. `expect` names the ranges that
+    will be read, so that a request asks for all of one at once; without it, a request asks for
+    exactly what is read.
     """
 
     def __init__(self, url: str, size: int, patience: Patience):
@@ -212,7 +234,8 @@ class RemoteFile(io.RawIOBase):
         return self._position
 
     def read(self, n: int = -1) -> bytes:
-        """Exactly n bytes, fewer only at the end of the file. Raises SourceError when patience ends."""
+        """Exactly n bytes, fewer only at the end of the file. Raises SourceError when patience
+        ends."""
         stop = self.size if n is None or n < 0 else min(self.size, self._position + n)
         data = self._bytes(self._position, stop)
         self._position += len(data)
@@ -236,12 +259,16 @@ class RemoteFile(io.RawIOBase):
         for at, data in self._loaded:
             if at <= start and stop <= at + len(data):
                 return data[start - at : stop - at]
-        if not (self._response and self._at <= start < self._stop and start - self._at <= LARGEST_HOLE):
+        if not (
+            self._response and self._at <= start < self._stop and start - self._at <= LARGEST_HOLE
+        ):
             self._disconnect()
             self._at = self._stop = start
         blocks = []
         while self._at < stop:
-            if self._at == self._stop:  # ask for the rest, and for the rest of what is expected around it
+            if (
+                self._at == self._stop
+            ):  # ask for the rest, and for the rest of what is expected around it
                 self._stop = max([stop, *(b for a, b in self._expected if a <= self._at < b)])
             skipping = self._at < start
             block = self._block(min(BLOCK, (start if skipping else stop) - self._at))

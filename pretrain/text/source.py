@@ -1,7 +1,7 @@
 """What documents are read from: files, units of work, positions, batches.
 
-Plain data that is pickled to worker processes and written into manifests; nothing here touches a file or the
-network. `pretrain.documents` makes sources and reads them.
+Plain data that is pickled to worker processes and written into manifests; nothing here touches a
+file or the network. `pretrain.text.documents` makes sources and reads them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class SourceError(RuntimeError):
-    """A source cannot be read. One line for the user: which file and row, what is wrong, what to do."""
+    """A source cannot be read. One line for the user: which file and row, what is wrong, what to
+    do."""
 
 
 class UnreadableFile(SourceError):
@@ -26,9 +27,9 @@ class UnreadableFile(SourceError):
 class Patience:
     """How long the network is waited for.
 
-    A stall is noticed after `read_seconds`. A server that delivers nothing for `give_up_seconds` ends the
-    run; only one that asks for a longer pause itself (Retry-After) gets it, up to `rate_limit_seconds`
-    without a byte.
+    A stall is noticed after `read_seconds`. A server that delivers nothing for `give_up_seconds`
+    ends the run; only one that asks for a longer pause itself (Retry-After) gets it, up to
+    `rate_limit_seconds` without a byte.
     """
 
     connect_seconds: float = 5.0
@@ -41,8 +42,8 @@ class Patience:
 
 @dataclass(frozen=True)
 class File:
-    """One file of a source: on this machine, or on the Hub, then `url` is set and `path` is within its
-    repository."""
+    """One file of a source: on this machine, or on the Hub, then `url` is set and `path` is within
+    its repository."""
 
     path: str
     size: int  # bytes, as stored
@@ -53,7 +54,8 @@ class File:
 
 @dataclass(frozen=True)
 class Source:
-    """Files in document order. Picklable, and without secrets: a worker finds the Hub's token by itself."""
+    """Files in document order. Picklable, and without secrets: a worker finds the Hub's token by
+    itself."""
 
     name: str  # how its shards are called unless told otherwise, e.g. "fineweb-edu-sample-10BT"
     files: tuple[File, ...]
@@ -64,16 +66,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of one file, for one worker. The documents of all units in order are those of the source.
+    """A part of one file, for one worker. The documents of all units in order are those of the
+    source.
 
-    parquet: row groups [start, stop). Plain jsonl and txt: the rows that begin in bytes [start, stop).
-    Compressed jsonl and txt: the whole file, [0, size).
+    parquet: row groups [start, stop). Plain jsonl and txt: the rows that begin in bytes [start,
+    stop). Compressed jsonl and txt: the whole file, [0, size).
     """
 
     file: int  # index in source.files
     start: int
     stop: int
-    first_row: int | None  # the file's row number of the unit's first row; None where nobody counted so far
+    first_row: (
+        int | None
+    )  # the file's row number of the unit's first row; None where nobody counted so far
     num_bytes: int  # stored bytes that hold the unit's text: what progress is measured in
 
 
@@ -81,10 +86,10 @@ class Unit:
 class Position:
     """Where the next token comes from: token `token` of the document in row `row` of file `file`.
 
-    Rows count from 0: rows of a parquet file, lines of a jsonl file (blank ones too), parts between the
-    separator lines of a txt file. `offset` is the byte where the row begins in a plain jsonl or txt file,
-    None elsewhere. `token` counts the document's end-of-text as token 0 and may equal the number of its
-    tokens: then nothing of the document is left.
+    Rows count from 0: rows of a parquet file, lines of a jsonl file (blank ones too), parts between
+    the separator lines of a txt file. `offset` is the byte where the row begins in a plain jsonl or
+    txt file, None elsewhere. `token` counts the document's end-of-text as token 0 and may equal the
+    number of its tokens: then nothing of the document is left.
     """
 
     file: int
@@ -110,5 +115,9 @@ class Batch:
     # int64 rows left out: "empty" texts and, with on_bad_document="skip", "bad" ones; a whole
     # "unreadable file" counts as one row
     skipped: dict[str, np.ndarray]
-    token_counts: np.ndarray | None = None  # (kept,) int64, the file's token_count column, where it has one
-    offsets: np.ndarray | None = None  # (kept,) int64, byte where each row begins; plain jsonl and txt only
+    token_counts: np.ndarray | None = (
+        None  # (kept,) int64, the file's token_count column, where it has one
+    )
+    offsets: np.ndarray | None = (
+        None  # (kept,) int64, byte where each row begins; plain jsonl and txt only
+    )

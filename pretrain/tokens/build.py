@@ -1,6 +1,7 @@
 """Build a folder of shards from a source: go on from what is there, refuse what does not fit.
 
-    manifest = build_shards(local_source(["input.txt"]), Path("data/input"), Settings(), Work(Tokenizer()))
+    manifest = build_shards(local_source(["input.txt"]), Path("data/input"), Settings(),
+    Work(Tokenizer()))
 
 The same call after any interruption continues; on a finished folder it returns at once.
 """
@@ -13,16 +14,24 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain import arrow
-from pretrain.documents import Position, Source, SourceError, plan_units
-from pretrain.estimate import estimate
-from pretrain.packing import Packer
-from pretrain.pipeline import UNIT_BYTES, TokenBatch, tokenize_units
-from pretrain.shards import MANIFEST, NAME_PATTERN, Manifest, Shard
-from pretrain.tokenizer import END_OF_TEXT, TOKENIZER_NAME, VOCABULARY_SHA256, Tokenizer, TokenMismatch
+from pretrain.text import arrow
+from pretrain.text.documents import Position, Source, SourceError, plan_units
+from pretrain.tokens.estimate import estimate
+from pretrain.tokens.packing import Packer
+from pretrain.tokens.pipeline import UNIT_BYTES, TokenBatch, tokenize_units
+from pretrain.tokens.shards import MANIFEST, NAME_PATTERN, Manifest, Shard
+from pretrain.tokens.tokenizer import (
+    END_OF_TEXT,
+    TOKENIZER_NAME,
+    VOCABULARY_SHA256,
+    Tokenizer,
+    TokenMismatch,
+)
 
 SMALL_SHARE = 0.1  # of a source with fewer than two shards goes to validation
-KEPT_BYTES = 400_000_000  # of tokens of a source that is counted first: if it has no more, it is read once
+KEPT_BYTES = (
+    400_000_000  # of tokens of a source that is counted first: if it has no more, it is read once
+)
 SAMPLE_BYTES = 1 << 18  # of text are tokenized to estimate how many tokens a batch has
 LOCK = ".lock"
 
@@ -35,9 +44,9 @@ class BuildRefused(ValueError):
 class Settings:
     """What decides the shards' bytes beside the documents; kept in the manifest.
 
-    In tokens: `shard_size`; `val_tokens`, the size of shard 0; `max_tokens`, in all shards together.
-    `val_fraction` is shard 0's share of all tokens. With neither of the two, shard 0 has shard_size tokens,
-    or a tenth of all where these are fewer than two shards.
+    In tokens: `shard_size`; `val_tokens`, the size of shard 0; `max_tokens`, in all shards
+    together. `val_fraction` is shard 0's share of all tokens. With neither of the two, shard 0 has
+    shard_size tokens, or a tenth of all where these are fewer than two shards.
     """
 
     shard_size: int = 100_000_000
@@ -100,7 +109,8 @@ class Work:
         return round(tokens * ends[-1] / ends[len(sample) - 1]) if len(sample) else 0
 
     def batches(self, what: str, source: Source, manifest: Manifest) -> Iterator[TokenBatch]:
-        """The source's tokens from the document at which the manifest ends, all of this one, to the last."""
+        """The source's tokens from the document at which the manifest ends, all of this one, to the
+        last."""
         self.progress.begin(what, manifest)
         start = Position.from_json(manifest.next) if manifest.next else None
         units = plan_units(source, unit_bytes=self.unit_bytes, resume=start)
@@ -131,10 +141,11 @@ def build_shards(
 ) -> Manifest:
     """Write the source's shards into `folder`, or those still missing, and return the manifest.
 
-    `name` begins the shards' file names (default: the source's). `expected_tokens` tells whether the source
-    has fewer than two shards (default: an estimate). Raises BuildRefused when the folder holds something else
-    or another process writes it, SourceError when the source cannot be read, ShardError for a damaged
-    manifest, OSError when the disk is full. Finished shards stay in any case, and the same call continues.
+    `name` begins the shards' file names (default: the source's). `expected_tokens` tells whether
+    the source has fewer than two shards (default: an estimate). Raises BuildRefused when the folder
+    holds something else or another process writes it, SourceError when the source cannot be read,
+    ShardError for a damaged manifest, OSError when the disk is full. Finished shards stay in any
+    case, and the same call continues.
     """
     name = name or source.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +164,9 @@ def build_shards(
                 expected = estimate(source, work.count_tokens, on_bad_document=work.on_bad_document)
                 expected_tokens = expected.tokens
             manifest, total, batches = _begin(source, name, settings, work, expected_tokens)
-            manifest.save(folder)  # before any shard: what a crash leaves over is then known to be ours
+            manifest.save(
+                folder
+            )  # before any shard: what a crash leaves over is then known to be ours
         if not manifest.complete:
             _pack(source, folder, settings, work, manifest=manifest, total=total, batches=batches)
     return manifest
@@ -162,8 +175,13 @@ def build_shards(
 def _begin(
     source: Source, name: str, settings: Settings, work: Work, expected_tokens: int
 ) -> tuple[Manifest, int | None, list[TokenBatch] | None]:
-    """The manifest of a new folder; where tokens must be counted, their number, and they if not too many."""
-    tokenizer = {"name": TOKENIZER_NAME, "vocabulary_sha256": VOCABULARY_SHA256, "end_of_text": END_OF_TEXT}
+    """The manifest of a new folder; where tokens must be counted, their number, and they if not too
+    many."""
+    tokenizer = {
+        "name": TOKENIZER_NAME,
+        "vocabulary_sha256": VOCABULARY_SHA256,
+        "end_of_text": END_OF_TEXT,
+    }
     manifest = Manifest(name, source.description, settings.given(), tokenizer, val_tokens=0)
     share = settings.validation_share(expected_tokens)
     if not share:
@@ -198,7 +216,8 @@ def _pack(
     total: int | None = None,
     batches: Iterable[TokenBatch] | None = None,
 ) -> None:
-    """Write what the manifest lacks. `total`, `batches`: the source's tokens, where they are known."""
+    """Write what the manifest lacks. `total`, `batches`: the source's tokens, where they are
+    known."""
     if batches is None:
         batches = work.batches("writing", source, manifest)
     packer = Packer(
@@ -215,9 +234,13 @@ def _pack(
             if packer.done:
                 return
         if packer.tokens == 0:
-            files = source.files[0].path if len(source.files) == 1 else f"all {len(source.files)} files"
+            files = (
+                source.files[0].path if len(source.files) == 1 else f"all {len(source.files)} files"
+            )
             raise SourceError(f"no document in {files}: whatever is there is empty or was left out")
-        if packer.only_validation and settings.default_val:  # the estimate was too high: nothing to train on
+        if (
+            packer.only_validation and settings.default_val
+        ):  # the estimate was too high: nothing to train on
             manifest.val_tokens = _share_of(packer.tokens, SMALL_SHARE)
             manifest.shards, manifest.next = [], None
             packer.abort()
@@ -305,7 +328,8 @@ def _refuse_foreign_shards(folder: Path) -> None:
 
 
 def leftovers(folder: Path, manifest: Manifest) -> list[Path]:
-    """Files of a build that was killed: unfinished shards, and one that never came into the manifest."""
+    """Files of a build that was killed: unfinished shards, and one that never came into the
+    manifest."""
     listed, found = {shard.file for shard in manifest.shards}, []
     for path in folder.iterdir():
         parts = NAME_PATTERN.fullmatch(path.name.removesuffix(".tmp"))

@@ -1,4 +1,5 @@
-"""How much a source holds, found out without reading it all: what is printed before a long run begins."""
+"""How much a source holds, found out without reading it all: what is printed before a long run
+begins."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pretrain.documents import LEAVE_OUT_FILES, footer, open_file, plan_units, read_open_file
-from pretrain.source import File, Source, UnreadableFile
+from pretrain.text.documents import LEAVE_OUT_FILES, footer, open_file, plan_units, read_open_file
+from pretrain.text.source import File, Source, UnreadableFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,17 +22,20 @@ class Estimate:
     rows: int | None  # None where there are text files: their rows are counted nowhere
     rows_exact: bool  # False: from some files' footers, scaled by file size
     text_bytes: int  # stored bytes to be read: the text columns of parquet files, other files whole
-    tokens: int  # from the tokens in the first SAMPLE_BYTES of each kind of file, scaled by text_bytes
+    tokens: (
+        int  # from the tokens in the first SAMPLE_BYTES of each kind of file, scaled by text_bytes
+    )
 
 
 def estimate(
     source: Source, count_tokens: Callable[[pa.Array], int], *, on_bad_document: str = "stop"
 ) -> Estimate:
-    """Reads the footers of up to SAMPLE_FILES parquet files (of one, on the Hub) and tokenizes a sample.
+    """Reads the footers of up to SAMPLE_FILES parquet files (of one, on the Hub) and tokenizes a
+    sample.
 
-    `count_tokens` gets an array of texts. Bad documents are passed over here: the run will report them.
-    Raises SourceError for a parquet file that cannot be read, with on_bad_document="skip" if none of the
-    sample can.
+    `count_tokens` gets an array of texts. Bad documents are passed over here: the run will report
+    them. Raises SourceError for a parquet file that cannot be read, with on_bad_document="skip" if
+    none of the sample can.
     """
     by_kind: dict[tuple, list[File]] = {}
     for file in source.files:
@@ -79,7 +83,9 @@ def _tokens_per_byte(source: Source, count_tokens: Callable[[pa.Array], int]) ->
         with open_file(file, source.patience) as stored:
             for batch in read_open_file(source, unit, stored, skip_rows=0, report=lambda *_: None):
                 tokens += count_tokens(batch.texts)
-                if file.compression:  # one batch is enough: it took what has been read of the file so far
+                if (
+                    file.compression
+                ):  # one batch is enough: it took what has been read of the file so far
                     seen = stored.tell()
                     break
                 if file.kind == "parquet":  # of a large row group, too

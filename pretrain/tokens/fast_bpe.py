@@ -1,11 +1,13 @@
-"""gigatoken with GPT-2's vocabulary, and where it is not GPT-2's tokenizer: some code points need tiktoken.
+"""gigatoken with GPT-2's vocabulary, and where it is not GPT-2's tokenizer: some code points need
+tiktoken.
 
-GPT-2 splits text by Unicode class (letter, number, white space, anything else) before it merges bytes.
-tiktoken and gigatoken carry Unicode tables of different age, so a new letter is a letter to one and a symbol
-to the other. The set of these code points is derived from the packages themselves. The one for the versions
-that this is tested with is stored; with others it is derived when a tokenizer is made, in about two seconds.
+GPT-2 splits text by Unicode class (letter, number, white space, anything else) before it merges
+bytes. tiktoken and gigatoken carry Unicode tables of different age, so a new letter is a letter to
+one and a symbol to the other. The set of these code points is derived from the packages themselves.
+The one for the versions that this is tested with is stored; with others it is derived when a
+tokenizer is made, in about two seconds.
 
-    $ python -m pretrain.fast_bpe
+    $ python -m pretrain.tokens.fast_bpe
     tiktoken 0.14.0, gigatoken 0.10.0: 4,657 code points in 26 ranges, as stored
 """
 
@@ -31,18 +33,22 @@ LETTER, NUMBER, OTHER, SPACE = range(4)
 
 # gigatoken 0.10 remembers the tokens of every word it has met and never forgets one.
 MAX_CACHE_BYTES = 512 << 20  # growth of the process that makes it start afresh
-MAX_CACHED_TEXT = 1 << 30  # bytes of text after which it does, where the size of the process is not known
+MAX_CACHED_TEXT = (
+    1 << 30
+)  # bytes of text after which it does, where the size of the process is not known
 SCAN_BYTES = 256 << 10  # searched at a time: fits a core's cache
 
 
 class FastBPE:
-    """Encodes UTF-8 documents with gigatoken, given the bytes of each token in the order of the ids.
+    """Encodes UTF-8 documents with gigatoken, given the bytes of each token in the order of the
+    ids.
 
-    `inexact`: the code points (int64) that gigatoken classes otherwise than tiktoken does. `parallel`: on all
-    cores (True), on one (False), or on all except in a multiprocessing worker (None).
+    `inexact`: the code points (int64) that gigatoken classes otherwise than tiktoken does.
+    `parallel`: on all cores (True), on one (False), or on all except in a multiprocessing worker
+    (None).
 
-    Threads encode side by side: gigatoken lets one at a time use a tokenizer, so there are as many of these
-    as threads at work.
+    Threads encode side by side: gigatoken lets one at a time use a tokenizer, so there are as many
+    of these as threads at work.
     """
 
     def __init__(self, tokens: list[bytes], inexact: np.ndarray, parallel: bool | None = None):
@@ -55,14 +61,17 @@ class FastBPE:
     def encode(self, data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of the documents data[offsets[i]:offsets[i + 1]] (uint8, int64).
 
-        Returns the ids of all documents (uint32) and where each begins and ends in them (int64, one more than
-        documents). No special token exists here: a literal <|endoftext|> is ordinary text.
+        Returns the ids of all documents (uint32) and where each begins and ends in them (int64, one
+        more than documents). No special token exists here: a literal <|endoftext|> is ordinary
+        text.
         """
         try:
             tokenizer = self._free.pop()
         except IndexError:
             tokenizer = load_gigatoken(self.tokens)
-        encoded = tokenizer.encode_batch(awkward_strings(data, offsets), parallel=self.parallel).layout
+        encoded = tokenizer.encode_batch(
+            awkward_strings(data, offsets), parallel=self.parallel
+        ).layout
         ids, starts = np.asarray(encoded.content.data), np.asarray(encoded.offsets.data)
         self._text_bytes += len(data)
         if self._cache_is_full():
@@ -89,7 +98,8 @@ def resident_bytes() -> int | None:
 
 
 def load_gigatoken(tokens: list[bytes]) -> "gigatoken.Tokenizer":
-    """gigatoken's GPT-2 splitting with these tokens (their order: ids and merges) and no special token."""
+    """gigatoken's GPT-2 splitting with these tokens (their order: ids and merges) and no special
+    token."""
     from gigatoken import Tokenizer
 
     lines = (b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
@@ -100,19 +110,24 @@ def load_gigatoken(tokens: list[bytes]) -> "gigatoken.Tokenizer":
 
 
 def awkward_strings(data: np.ndarray, offsets: np.ndarray) -> "ak.Array":
-    """The strings data[offsets[i]:offsets[i + 1]] (uint8, int64) as gigatoken takes them, without copying.
+    """The strings data[offsets[i]:offsets[i + 1]] (uint8, int64) as gigatoken takes them, without
+    copying.
 
-    It wants 64-bit offsets and contiguous memory, so what `ak.from_arrow` makes of an Arrow array is refused.
+    It wants 64-bit offsets and contiguous memory, so what `ak.from_arrow` makes of an Arrow array
+    is refused.
     """
     import awkward as ak
 
     characters = ak.contents.NumpyArray(data, parameters={"__array__": "char"})
     strings = {"__array__": "string"}
-    return ak.Array(ak.contents.ListOffsetArray(ak.index.Index64(offsets), characters, parameters=strings))
+    return ak.Array(
+        ak.contents.ListOffsetArray(ak.index.Index64(offsets), characters, parameters=strings)
+    )
 
 
 class CodePointSet:
-    """Finds the documents that hold a code point of a set, in a few percent of the time encoding takes."""
+    """Finds the documents that hold a code point of a set, in a few percent of the time encoding
+    takes."""
 
     def __init__(self, code_points: np.ndarray):
         self.code_points = code_points
@@ -124,7 +139,8 @@ class CodePointSet:
         self._leads = np.flatnonzero(self._may_begin.any(axis=1)).astype(np.uint8)
 
     def documents_with_one(self, data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """Their indices (int64, ascending); document i is data[offsets[i]:offsets[i + 1]], valid UTF-8."""
+        """Their indices (int64, ascending); document i is data[offsets[i]:offsets[i + 1]], valid
+        UTF-8."""
         at = self._find_leads(data)  # ASCII text is done with here
         last = len(data) - 1
         at = at[self._may_begin[data[at], data[np.minimum(at + 1, last)]]]
@@ -134,7 +150,9 @@ class CodePointSet:
         for i in (1, 2, 3):
             longer = code_point << 6 | data[np.minimum(at + i, last)] & 0x3F
             code_point = np.where(i < length, longer, code_point)
-        return np.unique(np.searchsorted(offsets, at[self._is_member[code_point]], side="right") - 1)
+        return np.unique(
+            np.searchsorted(offsets, at[self._is_member[code_point]], side="right") - 1
+        )
 
     def _find_leads(self, data: np.ndarray) -> np.ndarray:
         found = [np.empty(0, np.int64)]
@@ -148,12 +166,14 @@ class CodePointSet:
 
 
 def installed_versions() -> dict[str, str]:
-    """What a set of inexact code points holds for, e.g. {"tiktoken": "0.14.0", "gigatoken": "0.10.0"}."""
+    """What a set of inexact code points holds for, e.g. {"tiktoken": "0.14.0", "gigatoken":
+    "0.10.0"}."""
     return {package: version(package) for package in ("tiktoken", "gigatoken")}
 
 
 def load_inexact() -> np.ndarray:
-    """The inexact code points (int64, ascending) for the installed versions: as stored, else derived now."""
+    """The inexact code points (int64, ascending) for the installed versions: as stored, else
+    derived now."""
     stored = json.loads(STORED.read_text())
     if stored["versions"] == installed_versions():
         return from_ranges(stored["ranges"])
@@ -161,7 +181,8 @@ def load_inexact() -> np.ndarray:
 
 
 def derive_inexact() -> np.ndarray:
-    """Ask both packages for the class of every code point; return those that differ (int64, ascending)."""
+    """Ask both packages for the class of every code point; return those that differ (int64,
+    ascending)."""
     return np.flatnonzero(tiktoken_classes() != gigatoken_classes())
 
 
@@ -173,7 +194,8 @@ def scalar_values() -> np.ndarray:
 def tiktoken_classes() -> np.ndarray:
     """Class of each code point (uint8, length 0x110000) by tiktoken's regular expressions.
 
-    An encoding whose pattern matches one class drops all other text: what it keeps of Unicode is that class.
+    An encoding whose pattern matches one class drops all other text: what it keeps of Unicode is
+    that class.
     """
     import tiktoken
 
@@ -181,7 +203,9 @@ def tiktoken_classes() -> np.ndarray:
     ranks = {bytes([byte]): byte for byte in range(256)}
     classes = np.full(NUM_CODE_POINTS, OTHER, np.uint8)
     for name, pattern in ((LETTER, r"\p{L}"), (NUMBER, r"\p{N}"), (SPACE, r"\s")):
-        probe = tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        probe = tiktoken.Encoding(
+            "probe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+        )
         members = probe.decode(probe.encode_ordinary(text))
         classes[np.frombuffer(members.encode("utf-32-le"), "<u4")] = name
     return classes
@@ -190,13 +214,16 @@ def tiktoken_classes() -> np.ndarray:
 def gigatoken_classes() -> np.ndarray:
     """Class of each code point (uint8, length 0x110000) as gigatoken splits text.
 
-    Two characters of one class make one piece. So each code point is encoded before a letter, a digit and a
-    symbol, with a vocabulary that has a token for any byte and one of these three: where that token shows up,
-    both were in one piece. White space joins none of the three, except U+0020, which joins all.
+    Two characters of one class make one piece. So each code point is encoded before a letter, a
+    digit and a symbol, with a vocabulary that has a token for any byte and one of these three:
+    where that token shows up, both were in one piece. White space joins none of the three, except
+    U+0020, which joins all.
     """
     probes = {LETTER: b"a", NUMBER: b"1", OTHER: b"!"}
     single = [bytes([byte]) for byte in range(256)]
-    tokenizer = load_gigatoken(single + [byte + probe for probe in probes.values() for byte in single])
+    tokenizer = load_gigatoken(
+        single + [byte + probe for probe in probes.values() for byte in single]
+    )
     values = scalar_values()
     text = np.frombuffer(values.astype("<u4").tobytes().decode("utf-32-le").encode(), np.uint8)
     ends = np.append(np.flatnonzero((text & 0xC0) != 0x80), len(text))[1:]
@@ -207,14 +234,20 @@ def gigatoken_classes() -> np.ndarray:
         encoded = tokenizer.encode_batch(documents, parallel=False).layout
         last = np.asarray(encoded.offsets.data)[1:] - 1
         joins[:, name] = np.asarray(encoded.content.data)[last] >= len(single)
-    classes = np.full(NUM_CODE_POINTS, OTHER, np.uint8)  # tiktoken_classes says the same of surrogates
+    classes = np.full(
+        NUM_CODE_POINTS, OTHER, np.uint8
+    )  # tiktoken_classes says the same of surrogates
     classes[values] = np.where(joins.sum(axis=1) == 1, joins.argmax(axis=1), SPACE)
     return classes
 
 
 def to_ranges(code_points: np.ndarray) -> list[str]:
     """Ascending code points as ["088F", "A7CE-A7CF", ...]."""
-    runs = np.split(code_points, np.flatnonzero(np.diff(code_points) > 1) + 1) if len(code_points) else []
+    runs = (
+        np.split(code_points, np.flatnonzero(np.diff(code_points) > 1) + 1)
+        if len(code_points)
+        else []
+    )
     return [f"{run[0]:04X}" if len(run) == 1 else f"{run[0]:04X}-{run[-1]:04X}" for run in runs]
 
 
@@ -225,13 +258,19 @@ def from_ranges(ranges: list[str]) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Derive where the installed gigatoken and tiktoken differ.")
-    parser.add_argument("--write", action="store_true", help=f"store it in {STORED.name} (else: compare)")
+    parser = argparse.ArgumentParser(
+        description="Derive where the installed gigatoken and tiktoken differ."
+    )
+    parser.add_argument(
+        "--write", action="store_true", help=f"store it in {STORED.name} (else: compare)"
+    )
     args = parser.parse_args(argv)
     code_points = derive_inexact()
     derived = {"versions": installed_versions(), "ranges": to_ranges(code_points)}
     versions = ", ".join(f"{package} {number}" for package, number in derived["versions"].items())
-    print(f"{versions}: {len(code_points):,} code points in {len(derived['ranges'])} ranges", end=", ")
+    print(
+        f"{versions}: {len(code_points):,} code points in {len(derived['ranges'])} ranges", end=", "
+    )
     if args.write:
         STORED.write_text(json.dumps(derived, indent=1) + "\n")
     same = json.loads(STORED.read_text()) == derived

@@ -2,8 +2,9 @@
 
     data_dir = prepare(["input.txt"], Path("checkpoints/data"))  # built, or found there from before
 
-The shards are those of `fineweb.py --source input.txt --val_fraction 0.1`: the first tenth of the tokens is
-for validation, the rest for training, both contiguous, so that no window of one holds a token of the other.
+The shards are those of `fineweb.py --source input.txt --val_fraction 0.1`: the first tenth of the
+tokens is for validation, the rest for training, both contiguous, so that no window of one holds a
+token of the other.
 """
 
 import time
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.build import Settings, Work, build_shards
-from pretrain.documents import local_source
-from pretrain.estimate import estimate
-from pretrain.progress import ConsoleProgress
-from pretrain.shards import MANIFEST, NAME_PATTERN, Manifest, open_shard
-from pretrain.tokenizer import Tokenizer
+from pretrain.text.documents import local_source
+from pretrain.tokens.build import Settings, Work, build_shards
+from pretrain.tokens.estimate import estimate
+from pretrain.tokens.progress import ConsoleProgress
+from pretrain.tokens.shards import MANIFEST, NAME_PATTERN, Manifest, open_shard
+from pretrain.tokens.tokenizer import Tokenizer
 
 VAL_FRACTION = 0.1
 POLL_SECONDS = 0.2
@@ -28,17 +29,19 @@ def is_shard_folder(path: str | Path) -> bool:
     """Whether a folder holds shards, so that there is nothing to prepare."""
     path = Path(path)
     return path.is_dir() and (
-        (path / MANIFEST).exists() or any(NAME_PATTERN.fullmatch(file.name) for file in path.glob("*.npy"))
+        (path / MANIFEST).exists()
+        or any(NAME_PATTERN.fullmatch(file.name) for file in path.glob("*.npy"))
     )
 
 
 def prepare(paths: Sequence[str | Path], folder: Path, *, builder: bool = True) -> Path:
-    """The folder with the shards of some text: `folder`, or `paths` itself where that is a folder of shards.
+    """The folder with the shards of some text: `folder`, or `paths` itself where that is a folder
+    of shards.
 
-    One process of each machine is the builder; the others wait for its manifest to be complete, however long
-    that takes (a collective would time out), so a builder that fails has to end them, as torchrun does. Text
-    that has changed since is refused. Raises SourceError, BuildRefused, ShardError, TokenizerUnavailable,
-    OSError.
+    One process of each machine is the builder; the others wait for its manifest to be complete,
+    however long that takes (a collective would time out), so a builder that fails has to end them,
+    as torchrun does. Text that has changed since is refused. Raises SourceError, BuildRefused,
+    ShardError, TokenizerUnavailable, OSError.
     """
     if len(paths) == 1 and is_shard_folder(paths[0]):
         return Path(paths[0])
@@ -57,15 +60,18 @@ def prepare(paths: Sequence[str | Path], folder: Path, *, builder: bool = True) 
         work.progress.close()
     kept = "kept from before" if before and before.complete else "made"
     val = sum(shard.tokens for shard in manifest.shards if shard.split == "val")
-    print(f"{folder}: shards {kept}: {manifest.tokens - val:,} tokens for training, {val:,} for validation")
+    print(
+        f"{folder}: shards {kept}: {manifest.tokens - val:,} tokens for training, {val:,} for validation"
+    )
     return folder
 
 
 def unigram_entropy(paths: Sequence[Path]) -> float | None:
-    """Entropy in nats of the token frequencies of some shards; None for more than COUNTED_TOKENS tokens.
+    """Entropy in nats of the token frequencies of some shards; None for more than COUNTED_TOKENS
+    tokens.
 
-    It is what a model that knows these frequencies and nothing else pays per token there, so a loss clearly
-    below it shows that the context is used.
+    It is what a model that knows these frequencies and nothing else pays per token there, so a loss
+    clearly below it shows that the context is used.
     """
     shards = [open_shard(path) for path in paths]
     if sum(map(len, shards)) > COUNTED_TOKENS:

@@ -1,22 +1,24 @@
-"""Packing: tokens in document order become shards, and the manifest says after each where the next begins."""
+"""Packing: tokens in document order become shards, and the manifest says after each where the next
+begins."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from pretrain.documents import Position
-from pretrain.pipeline import TokenBatch
-from pretrain.shards import Manifest, Shard, ShardWriter, shard_name
+from pretrain.text.documents import Position
+from pretrain.tokens.pipeline import TokenBatch
+from pretrain.tokens.shards import Manifest, Shard, ShardWriter, shard_name
 
 
 class Packer:
     """Cuts a stream of TokenBatch into the shards of a folder, from the manifest's position on.
 
-    `shard_size` is the number of tokens in a shard, the manifest's `val_tokens` that of shard 0; packing
-    stops after `max_tokens` (None: at the end of the documents). The shards depend on the tokens alone, never
-    on how they come in batches. Each finished shard is durable and in the manifest before the next begins.
-    `total_tokens`, where known, lets the last shard have the right header from the start.
+    `shard_size` is the number of tokens in a shard, the manifest's `val_tokens` that of shard 0;
+    packing stops after `max_tokens` (None: at the end of the documents). The shards depend on the
+    tokens alone, never on how they come in batches. Each finished shard is durable and in the
+    manifest before the next begins. `total_tokens`, where known, lets the last shard have the right
+    header from the start.
     """
 
     def __init__(
@@ -29,12 +31,23 @@ class Packer:
         total_tokens: int | None = None,
         on_shard: Callable[[Shard], None] | None = None,
     ):
-        self.folder, self.manifest, self.shard_size, self.on_shard = folder, manifest, shard_size, on_shard
+        self.folder, self.manifest, self.shard_size, self.on_shard = (
+            folder,
+            manifest,
+            shard_size,
+            on_shard,
+        )
         self.max_tokens, self.total_tokens = max_tokens, total_tokens
         self.position = Position.from_json(manifest.next) if manifest.next else Position(0, 0)
-        self.resumed = self.position.token  # tokens of the first document to come that are already in shards
+        self.resumed = (
+            self.position.token
+        )  # tokens of the first document to come that are already in shards
         self.writer: ShardWriter | None = None
-        self.unit, self.unit_row, self.next_row = None, 0, 0  # rows count from the beginning of the file
+        self.unit, self.unit_row, self.next_row = (
+            None,
+            0,
+            0,
+        )  # rows count from the beginning of the file
         self._reset_counts()
 
     @property
@@ -68,7 +81,9 @@ class Packer:
             last = int(np.searchsorted(ends, stop))  # the document that holds token stop - 1
             offset = None if batch.offsets is None else int(batch.offsets[last])
             token = int(stop - ends[last] + batch.counts[last])
-            self.position = Position(batch.unit.file, first_row + int(batch.rows[last]), token, offset)
+            self.position = Position(
+                batch.unit.file, first_row + int(batch.rows[last]), token, offset
+            )
             at = stop
             if writer.tokens == writer.expected:
                 self._count_skipped(batch, rows_seen, batch.rows[last])
@@ -78,7 +93,8 @@ class Packer:
             self._count_skipped(batch, rows_seen, batch.next_row)
 
     def finish(self) -> None:
-        """Nothing comes after: finish the last shard, however short, and mark the manifest complete.
+        """Nothing comes after: finish the last shard, however short, and mark the manifest
+        complete.
 
         There must have been a document.
         """
@@ -86,8 +102,13 @@ class Packer:
             self._end_shard(complete=True)
             return
         last = self.manifest.shards[-1]
-        for reason, count in self.skipped.items():  # rows that were left out behind the last document
-            last.skipped = dict(sorted({**last.skipped, reason: last.skipped.get(reason, 0) + count}.items()))
+        for (
+            reason,
+            count,
+        ) in self.skipped.items():  # rows that were left out behind the last document
+            last.skipped = dict(
+                sorted({**last.skipped, reason: last.skipped.get(reason, 0) + count}.items())
+            )
         self.manifest.complete = True
         self.manifest.save(self.folder)
 
@@ -98,7 +119,8 @@ class Packer:
             self.writer = None
 
     def _first_row(self, batch: TokenBatch) -> int:
-        """The file's row number of the unit's first row: counted here where the plan could not know it."""
+        """The file's row number of the unit's first row: counted here where the plan could not know
+        it."""
         if batch.unit != self.unit:
             same_file = self.unit is not None and self.unit.file == batch.unit.file
             counted = self.unit_row + self.next_row if same_file else 0
@@ -159,7 +181,9 @@ class Packer:
             ended = slice(*np.searchsorted(ends, [at + 1, stop + 1]))
             sums = self.token_count = self.token_count or {"source": 0, "written": 0}
             sums["source"] += int(batch.token_counts[ended].sum())
-            sums["written"] += int((batch.counts[ended] - 1).sum())  # the column is without end-of-text
+            sums["written"] += int(
+                (batch.counts[ended] - 1).sum()
+            )  # the column is without end-of-text
 
 
 def _count_between(sorted_values: np.ndarray, start: int, stop: int) -> int:

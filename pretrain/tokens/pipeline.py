@@ -1,9 +1,12 @@
 """From units of documents to tokens: many units side by side, results in document order.
 
-    for batch in tokenize_units(source, units, Tokenizer(), num_proc=2):     # TokenBatch, in document order
-        ...                                                                  # pretrain.packing makes shards
+    for batch in tokenize_units(source, units, Tokenizer(), num_proc=2):     # TokenBatch, in
+    document order
+        ...                                                                  #
+        pretrain.tokens.packing makes shards
 
-Which process tokenizes which unit, and when, does not show: what comes out depends on the source alone.
+Which process tokenizes which unit, and when, does not show: what comes out depends on the source
+alone.
 """
 
 import contextlib
@@ -22,12 +25,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pretrain import arrow
-from pretrain.documents import Source, SourceError, Unit, place, read_unit
-from pretrain.tokenizer import Tokenizer, TokenMismatch
+from pretrain.text import arrow
+from pretrain.text.documents import Source, SourceError, Unit, place, read_unit
+from pretrain.tokens.tokenizer import Tokenizer, TokenMismatch
 
-UNIT_BYTES = 8 << 20  # stored bytes of text in a unit: a few batches, so that their order holds nobody up
-MAX_THREADS = 8  # that read and tokenize in one process: on more cores gigatoken starts threads of its own
+UNIT_BYTES = (
+    8 << 20
+)  # stored bytes of text in a unit: a few batches, so that their order holds nobody up
+MAX_THREADS = (
+    8  # that read and tokenize in one process: on more cores gigatoken starts threads of its own
+)
 HUB_THREADS = 4  # at least, where they wait for the network
 WAITING_RESULTS = 4  # batches that a unit may be ahead of the packer: bounds the memory
 
@@ -44,7 +51,9 @@ class TokenBatch:
     tokens: np.ndarray  # (sum of counts,) uint16: [END_OF_TEXT] and ids per document
     counts: np.ndarray  # (documents,) int64, tokens per document with its END_OF_TEXT
     rows: np.ndarray  # (documents,) int64, counted from the unit's first row
-    offsets: np.ndarray | None  # (documents,) int64, byte where each begins; plain jsonl and txt only
+    offsets: (
+        np.ndarray | None
+    )  # (documents,) int64, byte where each begins; plain jsonl and txt only
     next_row: int  # the row after this batch, counted from the unit's first row
     skipped: dict[str, np.ndarray]  # int64 rows left out, by reason
     token_counts: np.ndarray | None  # (documents,) int64, what the source itself says
@@ -56,8 +65,9 @@ def tokenize_unit(
 ) -> Iterator[TokenBatch]:
     """Read and tokenize one unit. Raises SourceError, also where gigatoken and tiktoken differ."""
     unit, skip_rows = task
-    # Which documents are checked against tiktoken must not need the count of those before the unit. A start
-    # that differs by unit gives each document the same chance; the very first document is always checked.
+    # Which documents are checked against tiktoken must not need the count of those before the unit.
+    # A start that differs by unit gives each document the same chance; the very first document is
+    # always checked.
     index = zlib.crc32(b"%d %d" % (unit.file, unit.start)) if unit.file or unit.start else 0
     next_row = skip_rows
     for batch in read_unit(source, unit, skip_rows=skip_rows, on_bad_document=on_bad_document):
@@ -115,11 +125,14 @@ def cores() -> int:
 
 
 def run_in_order(tasks: Iterable[T], lanes: Sequence[Callable[[T], Iterator[R]]]) -> Iterator[R]:
-    """Call a lane with each task, every lane in its own thread; yield what the calls yield, in task order.
+    """Call a lane with each task, every lane in its own thread; yield what the calls yield, in task
+    order.
 
     An exception of a call is raised at its place in the order. `tasks` is read as it is needed.
     """
-    assigned: queue.SimpleQueue = queue.SimpleQueue()  # (task, where its results go); None ends a lane
+    assigned: queue.SimpleQueue = (
+        queue.SimpleQueue()
+    )  # (task, where its results go); None ends a lane
     stopped = threading.Event()
     for lane in lanes:
         threading.Thread(target=_serve_lane, args=(lane, assigned, stopped), daemon=True).start()
@@ -158,7 +171,9 @@ def _serve_lane(lane: Callable, assigned: queue.SimpleQueue, stopped: threading.
             for result in lane(task):
                 if not _put(results, result, stopped):
                     return
-        except BaseException as error:  # whatever it is, it belongs to the one who waits for the results
+        except (
+            BaseException
+        ) as error:  # whatever it is, it belongs to the one who waits for the results
             end = _End(error)
         _put(results, end, stopped)
 
@@ -174,7 +189,9 @@ def _put(results: queue.Queue, item: Any, stopped: threading.Event) -> bool:
 def _results(results: queue.Queue) -> Iterator:
     while True:
         try:
-            item = results.get(timeout=0.5)  # not for ever: on Windows a wait without end hears no Ctrl-C
+            item = results.get(
+                timeout=0.5
+            )  # not for ever: on Windows a wait without end hears no Ctrl-C
         except queue.Empty:
             continue
         if isinstance(item, _End):
@@ -189,14 +206,19 @@ def _results(results: queue.Queue) -> Iterator:
 
 @contextlib.contextmanager
 def worker_processes(count: int, work: Callable[[T], Iterator[R]]) -> Iterator[list["_Worker"]]:
-    """`count` fresh processes as lanes for run_in_order: calling one runs `work` (picklable) in its process.
+    """`count` fresh processes as lanes for run_in_order: calling one runs `work` (picklable) in its
+    process.
 
     They end with the block, and by themselves when this process is killed.
     """
-    context = multiprocessing.get_context("spawn")  # works everywhere, and inherits no locks from our threads
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # works everywhere, and inherits no locks from our threads
     workers: list[_Worker] = []
     try:
-        with _interrupt_ignored():  # inherited: Ctrl-C reaches all, and what it means is ours to say
+        with (
+            _interrupt_ignored()
+        ):  # inherited: Ctrl-C reaches all, and what it means is ours to say
             for _ in range(count):
                 workers.append(_Worker(context, work))
         yield workers

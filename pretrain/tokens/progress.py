@@ -1,11 +1,12 @@
-"""How a build of shards goes on, for people: one bar on a terminal, a line now and then elsewhere."""
+"""How a build of shards goes on, for people: one bar on a terminal, a line now and then
+elsewhere."""
 
 import sys
 import time
 
-from pretrain.estimate import Estimate
-from pretrain.pipeline import TokenBatch
-from pretrain.shards import Manifest, Shard
+from pretrain.tokens.estimate import Estimate
+from pretrain.tokens.pipeline import TokenBatch
+from pretrain.tokens.shards import Manifest, Shard
 
 LINE_SECONDS = 15  # between lines where there is no terminal
 
@@ -25,7 +26,8 @@ def in_bytes(number: float) -> str:
 
 
 class ConsoleProgress:
-    """A pretrain.build.Progress that shows tokens, tokens/s, MB/s of text, the shard, and the time left."""
+    """A pretrain.tokens.build.Progress that shows tokens, tokens/s, MB/s of text, the shard, and
+    the time left."""
 
     def __init__(self, expected: Estimate, max_tokens: int | None):
         self.expected, self.max_tokens, self.bar = expected, max_tokens, None
@@ -66,10 +68,14 @@ class ConsoleProgress:
             done, rate = self.before + self.tokens, self.tokens / seconds
             minutes = max(0, self.bar.total - done) / rate / 60
             of = f"{done:,} of about {rounded(self.bar.total)} tokens"
-            print(f"{self.what}: {of}, {rounded(rate)} tokens/s, {state}, {minutes:.1f} min left", flush=True)
+            print(
+                f"{self.what}: {of}, {rounded(rate)} tokens/s, {state}, {minutes:.1f} min left",
+                flush=True,
+            )
 
     def total_tokens(self) -> int:
-        """All tokens there will be: first the estimate, then from the tokens per stored byte so far."""
+        """All tokens there will be: first the estimate, then from the tokens per stored byte so
+        far."""
         tokens = self.expected.tokens
         if self.read_tokens > 1_000_000 and self.read_bytes:
             tokens = self.expected.text_bytes * self.read_tokens / self.read_bytes

@@ -1,10 +1,12 @@
-"""Shards: the token files that the three stages share, and the manifest that says which of them exist.
+"""Shards: the token files that the three stages share, and the manifest that says which of them
+exist.
 
     paths = find_shards("data/input", "train")     # [data/input/input_train_000001.npy, ...]
     tokens = open_shard(paths[0])                  # (tokens,) uint16, mapped, not read
 
-A shard is a `.npy` file (version 1.0 header, 1-D little-endian uint16), `<name>_<split>_<index:06d>.npy`.
-Folders that others' scripts wrote in this layout open too: a manifest is needed only to resume and to verify.
+A shard is a `.npy` file (version 1.0 header, 1-D little-endian uint16),
+`<name>_<split>_<index:06d>.npy`. Folders that others' scripts wrote in this layout open too: a
+manifest is needed only to resume and to verify.
 """
 
 import contextlib
@@ -20,7 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-DEFAULT_DATA_DIR = "data/fineweb-edu-sample-10BT"  # what `python fineweb.py` writes, what train_gpt2.py reads
+DEFAULT_DATA_DIR = (
+    "data/fineweb-edu-sample-10BT"  # what `python fineweb.py` writes, what train_gpt2.py reads
+)
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest
 TOKEN = np.dtype("<u2")
@@ -31,17 +35,19 @@ BLOCK_BYTES = 4 << 20  # read at a time while hashing
 
 
 class ShardError(ValueError):
-    """A shard, a folder of shards or a manifest that cannot be used; the message is one line for the user."""
+    """A shard, a folder of shards or a manifest that cannot be used; the message is one line for
+    the user."""
 
 
 @dataclass
 class Shard:
     """One finished shard, as the manifest records it.
 
-    `documents` counts those that begin in the shard. `first` is where its first token comes from: file, row,
-    token within the document. `skipped` counts rows left out before its last document, by reason.
-    `token_count` compares the source's own column of that name with the tokens written, without end-of-text,
-    for the documents that end in the shard: {"source": 812, "written": 812}; None where there is no column.
+    `documents` counts those that begin in the shard. `first` is where its first token comes from:
+    file, row, token within the document. `skipped` counts rows left out before its last document,
+    by reason. `token_count` compares the source's own column of that name with the tokens written,
+    without end-of-text, for the documents that end in the shard: {"source": 812, "written": 812};
+    None where there is no column.
     """
 
     file: str
@@ -56,10 +62,11 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """What a folder of shards was made from and which it holds; a shard that is not listed does not exist."""
+    """What a folder of shards was made from and which it holds; a shard that is not listed does not
+    exist."""
 
     name: str  # prefix of the shards' file names
-    source: dict  # where the documents came from, as pretrain.documents describes it
+    source: dict  # where the documents came from, as pretrain.text.documents describes it
     settings: dict  # everything else that decides the shards' bytes
     tokenizer: dict
     val_tokens: int  # size of shard 0; the settings say how it was chosen
@@ -76,8 +83,14 @@ class Manifest:
         return sum(shard.documents for shard in self.shards)
 
     def save(self, folder: Path) -> None:
-        """Replace the folder's manifest in one step: a reader finds the old one or the new one, whole."""
-        record = {"format": FORMAT, "tokens": self.tokens, "documents": self.documents, **vars(self)}
+        """Replace the folder's manifest in one step: a reader finds the old one or the new one,
+        whole."""
+        record = {
+            "format": FORMAT,
+            "tokens": self.tokens,
+            "documents": self.documents,
+            **vars(self),
+        }
         text = _readable_json(record | {"shards": [vars(shard) for shard in self.shards]})
         temporary = folder / f"{MANIFEST}.tmp"
         try:
@@ -92,7 +105,8 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest | None":
-        """The folder's manifest, or None where there is none; ShardError for one that cannot be trusted."""
+        """The folder's manifest, or None where there is none; ShardError for one that cannot be
+        trusted."""
         path = Path(folder) / MANIFEST
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -105,7 +119,9 @@ class Manifest:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise ShardError(f"{path}: {error.strerror}; make it readable or use another folder") from None
+            raise ShardError(
+                f"{path}: {error.strerror}; make it readable or use another folder"
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ShardError):
                 raise
@@ -120,16 +136,23 @@ class Manifest:
             )
         for shard in manifest.shards:
             parts = NAME_PATTERN.fullmatch(shard.file)
-            if not parts or os.path.basename(shard.file) != shard.file or parts["split"] != shard.split:
+            if (
+                not parts
+                or os.path.basename(shard.file) != shard.file
+                or parts["split"] != shard.split
+            ):
                 raise ShardError(f"{path}: {shard.file!r} is not the name of a {shard.split} shard")
         return manifest
 
 
 def _readable_json(value, level: int = 0) -> str:
-    """JSON with a line for each shard and each file: `indent` would take ten, and seconds for thousands."""
+    """JSON with a line for each shard and each file: `indent` would take ten, and seconds for
+    thousands."""
     inner, outer = "\n" + " " * (level + 1), "\n" + " " * level
     if isinstance(value, dict) and value and level < 2:
-        items = (f"{json.dumps(key)}: {_readable_json(item, level + 1)}" for key, item in value.items())
+        items = (
+            f"{json.dumps(key)}: {_readable_json(item, level + 1)}" for key, item in value.items()
+        )
         return "{" + inner + f",{inner}".join(items) + outer + "}"
     if isinstance(value, list) and value and level < 3:
         return "[" + inner + f",{inner}".join(json.dumps(item) for item in value) + outer + "]"
@@ -141,7 +164,8 @@ def shard_name(name: str, split: str, index: int) -> str:
 
 
 def shard_header(tokens: int) -> bytes:
-    """The header (version 1.0) of a .npy file with `tokens` little-endian uint16, as np.save writes it."""
+    """The header (version 1.0) of a .npy file with `tokens` little-endian uint16, as np.save writes
+    it."""
     file = io.BytesIO()
     description = {"descr": TOKEN.str, "fortran_order": False, "shape": (tokens,)}
     np.lib.format.write_array_header_1_0(file, description)
@@ -149,7 +173,8 @@ def shard_header(tokens: int) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable, where the system lets a folder be opened (Windows does not)."""
+    """Make a rename in `folder` durable, where the system lets a folder be opened (Windows does
+    not)."""
     with contextlib.suppress(PermissionError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -161,7 +186,8 @@ def sync_folder(folder: Path) -> None:
 class ShardWriter:
     """Writes one shard under a temporary name; `close` makes it durable and gives it its own.
 
-    `tokens` is the expected number of tokens. Fewer may be written: `close` then corrects the header.
+    `tokens` is the expected number of tokens. Fewer may be written: `close` then corrects the
+    header.
     """
 
     def __init__(self, path: Path, tokens: int):
@@ -177,7 +203,9 @@ class ShardWriter:
 
     def _write(self, data) -> None:
         view = memoryview(data).cast("B")
-        hashing = self.hasher.submit(self.sha256.update, view)  # beside the writing: both take a while
+        hashing = self.hasher.submit(
+            self.sha256.update, view
+        )  # beside the writing: both take a while
         try:
             while view:  # unbuffered: a large write may be taken in parts
                 view = view[self.file.write(view) :]
@@ -222,14 +250,19 @@ def read_blocks(file) -> Iterator[memoryview]:
 
 
 def open_shard(path: str | Path) -> np.ndarray:
-    """Map a shard read-only: (tokens,) uint16. ShardError if it is missing, torn, empty or something else."""
+    """Map a shard read-only: (tokens,) uint16. ShardError if it is missing, torn, empty or
+    something else."""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         spare = os.path.getsize(path) - (tokens.offset + tokens.nbytes)
     except FileNotFoundError:
         raise ShardError(f"{path}: no such shard; build it again with fineweb.py") from None
-    except Exception as error:  # numpy evaluates the header: what a damaged one raises is anybody's guess
-        raise ShardError(f"{path}: not a whole .npy file ({error}); build it again with fineweb.py") from None
+    except (
+        Exception
+    ) as error:  # numpy evaluates the header: what a damaged one raises is anybody's guess
+        raise ShardError(
+            f"{path}: not a whole .npy file ({error}); build it again with fineweb.py"
+        ) from None
     if tokens.dtype != TOKEN or tokens.ndim != 1 or len(tokens) == 0 or spare:
         raise ShardError(
             f"{path}: expected 1-D uint16 and nothing behind it, got {tokens.dtype} "
@@ -239,7 +272,8 @@ def open_shard(path: str | Path) -> np.ndarray:
 
 
 def find_shards(folder: str | Path, split: str) -> list[Path]:
-    """The shards of `split` ("train" or "val") in order: those of the manifest, or by file name without one.
+    """The shards of `split` ("train" or "val") in order: those of the manifest, or by file name
+    without one.
 
     ShardError when the folder holds none, or when one that the manifest lists is missing.
     """
@@ -264,16 +298,20 @@ def find_shards(folder: str | Path, split: str) -> list[Path]:
         paths = [path for _, _, path in sorted(named)]
     if not paths:
         state = "no such folder" if not folder.is_dir() else f"no {split} shards here"
-        command = "python fineweb.py" + ("" if folder == Path(DEFAULT_DATA_DIR) else f" --out_dir {folder}")
-        raise ShardError(f"{folder}: {state}; make them with: {command} (its --help tells from what)")
+        command = "python fineweb.py" + (
+            "" if folder == Path(DEFAULT_DATA_DIR) else f" --out_dir {folder}"
+        )
+        raise ShardError(
+            f"{folder}: {state}; make them with: {command} (its --help tells from what)"
+        )
     return paths
 
 
 def data_fingerprint(folder: str | Path) -> str:
     """A hash (64 hexadecimal digits) that changes when the folder's shards do.
 
-    Over names, tokens and content hashes where there is a manifest; without one over names, sizes and the
-    first and last 64 KiB of each shard, which is quick at any size.
+    Over names, tokens and content hashes where there is a manifest; without one over names, sizes
+    and the first and last 64 KiB of each shard, which is quick at any size.
     """
     folder = Path(folder)
     manifest = Manifest.load(folder)
@@ -297,7 +335,8 @@ def _sample_line(path: Path, sample_bytes: int = 64 << 10) -> str:
 
 
 def verify_shard(path: str | Path, expected: Shard | None = None) -> None:
-    """Read a shard through: header, size, ids below 50257, what `expected` records. ShardError if damaged."""
+    """Read a shard through: header, size, ids below 50257, what `expected` records. ShardError if
+    damaged."""
     tokens = open_shard(path)
     digest, largest = hashlib.sha256(), 0
     with open(path, "rb", buffering=0) as file:
@@ -310,4 +349,6 @@ def verify_shard(path: str | Path, expected: Shard | None = None) -> None:
     if expected and len(tokens) != expected.tokens:
         raise ShardError(f"{path}: {len(tokens):,} tokens where {MANIFEST} has {expected.tokens:,}")
     if expected and digest.hexdigest() != expected.sha256:
-        raise ShardError(f"{path}: its SHA-256 is not the one in {MANIFEST}: its content has changed")
+        raise ShardError(
+            f"{path}: its SHA-256 is not the one in {MANIFEST}: its content has changed"
+        )

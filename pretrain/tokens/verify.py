@@ -1,9 +1,11 @@
-"""Verify a folder of shards: every file against the manifest, samples against the documents they came from.
+"""Verify a folder of shards: every file against the manifest, samples against the documents they
+came from.
 
     findings = verify_folder(Path("data/input"))
     findings.problems       # [] or one line for each shard that is damaged
 
-Documents are compared where the source is at hand and unchanged; otherwise a note says why they were not.
+Documents are compared where the source is at hand and unchanged; otherwise a note says why they
+were not.
 """
 
 import os
@@ -13,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.build import refuse_changes
-from pretrain.documents import (
+from pretrain.text.documents import (
     Patience,
     Position,
     Source,
@@ -24,19 +25,31 @@ from pretrain.documents import (
     plan_units,
     read_unit,
 )
-from pretrain.shards import MANIFEST, NAME_PATTERN, Manifest, Shard, ShardError, open_shard, verify_shard
-from pretrain.tokenizer import END_OF_TEXT, Tokenizer
+from pretrain.tokens.build import refuse_changes
+from pretrain.tokens.shards import (
+    MANIFEST,
+    NAME_PATTERN,
+    Manifest,
+    Shard,
+    ShardError,
+    open_shard,
+    verify_shard,
+)
+from pretrain.tokens.tokenizer import END_OF_TEXT, Tokenizer
 
 SAMPLED_SHARDS = 20  # are compared with the source, at their beginnings
 SAMPLED_BYTES = 100_000  # of text at each of these places, or one document
 UNIT_BYTES = 1 << 20  # read of a plain text file for that
 COUNTED_TOKENS = 1 << 20  # looked at together when documents are counted
-PATIENCE = Patience(give_up_seconds=20, rate_limit_seconds=20)  # without the Hub most can be verified
+PATIENCE = Patience(
+    give_up_seconds=20, rate_limit_seconds=20
+)  # without the Hub most can be verified
 
 
 @dataclass
 class Findings:
-    """problems: a line for each damaged shard or contradiction. notes: what was not looked at, and why."""
+    """problems: a line for each damaged shard or contradiction. notes: what was not looked at, and
+    why."""
 
     shards: int = 0
     tokens: int = 0
@@ -46,7 +59,8 @@ class Findings:
 
 
 def verify_folder(folder: Path) -> Findings:
-    """Read all shards of a folder through. Raises ShardError when it has none, or an unreadable manifest."""
+    """Read all shards of a folder through. Raises ShardError when it has none, or an unreadable
+    manifest."""
     manifest = Manifest.load(folder)
     files = sorted(path.name for path in folder.glob("*.npy") if NAME_PATTERN.fullmatch(path.name))
     listed: list[tuple[str, Shard | None]] = [(name, None) for name in files]
@@ -76,7 +90,9 @@ def _verify(path: Path, shard: Shard | None) -> int | str:
         return str(error)
     tokens = open_shard(path)
     blocks = (tokens[at : at + COUNTED_TOKENS] for at in range(0, len(tokens), COUNTED_TOKENS))
-    documents = sum(np.count_nonzero(block == END_OF_TEXT) for block in blocks)  # each begins with one
+    documents = sum(
+        np.count_nonzero(block == END_OF_TEXT) for block in blocks
+    )  # each begins with one
     if shard and documents != shard.documents:
         return f"{path}: {documents:,} documents begin in it, {MANIFEST} has {shard.documents:,}"
     return len(tokens)
@@ -89,7 +105,9 @@ def _check_manifest(manifest: Manifest, files: list[str], findings: Findings) ->
         if int(NAME_PATTERN.fullmatch(shard.file)["index"]) != index:
             findings.problems.append(f"{MANIFEST}: {shard.file} stands in place {index}")
         if shard.tokens > size or (shard.tokens < size and not (last and manifest.complete)):
-            findings.problems.append(f"{MANIFEST}: {shard.file} has {shard.tokens:,} tokens, not {size:,}")
+            findings.problems.append(
+                f"{MANIFEST}: {shard.file} has {shard.tokens:,} tokens, not {size:,}"
+            )
     if not manifest.complete:
         findings.notes.append("the folder is not finished: the command that began it continues")
     if others := sorted(set(files) - {shard.file for shard in manifest.shards}):
@@ -106,7 +124,9 @@ def _compare_with_source(folder: Path, manifest: Manifest, findings: Findings) -
         count = min(SAMPLED_SHARDS, len(manifest.shards))
         for index in sorted({round(i) for i in np.linspace(0, len(manifest.shards) - 1, count)}):
             shard = manifest.shards[index]
-            compared, difference = _compare_beginning(source, shard, open_shard(folder / shard.file))
+            compared, difference = _compare_beginning(
+                source, shard, open_shard(folder / shard.file)
+            )
             findings.compared += compared
             if difference:
                 findings.problems.append(f"{folder / shard.file}: {difference}")
@@ -118,7 +138,9 @@ def reopen_source(manifest: Manifest, patience: Patience | None = None) -> Sourc
     """The source that the manifest describes. Raises SourceError where it is not at hand."""
     there = manifest.source
     if there["kind"] == "local":
-        return local_source([file["path"] for file in there["files"]], text_column=there["text_column"])
+        return local_source(
+            [file["path"] for file in there["files"]], text_column=there["text_column"]
+        )
     return hub_source(
         there["dataset"],
         name=there["config"],
@@ -142,8 +164,13 @@ def _compare_beginning(source: Source, shard: Shard, tokens: np.ndarray) -> tupl
                 ids = np.array([END_OF_TEXT, *tokenizer.encode(text)], np.uint16)[drop:]
                 ids = ids[: len(tokens) - at]
                 if not np.array_equal(ids, tokens[at : at + len(ids)]):
-                    return count, f"tokens {at:,} to {at + len(ids):,} are not those of their document"
+                    return (
+                        count,
+                        f"tokens {at:,} to {at + len(ids):,} are not those of their document",
+                    )
                 drop, at, count, read = 0, at + len(ids), count + 1, read + len(text)
                 if at == len(tokens) or read >= SAMPLED_BYTES:
                     return count, None
-    return count, None if at == len(tokens) else "has more tokens than the documents from its position on"
+    return count, None if at == len(
+        tokens
+    ) else "has more tokens than the documents from its position on"

@@ -1,20 +1,22 @@
 """From a step number to this rank's batch of tokens, straight out of memory-mapped shards.
 
-    loader = ShardLoader(paths, batch_size=8, block_size=1024, accumulation_steps=5, rank=0, world_size=8)
-    x, y = loader.batch(1000)                  # int64 (5, 8, 1024) each; y is x one token later
-    for x, y in loader.prefetch(1000): ...     # the same from step 1000 on, read ahead by a thread
+    loader = ShardLoader(paths, batch_size=8, block_size=1024, accumulation_steps=5, rank=0,
+    world_size=8) x, y = loader.batch(1000)                  # int64 (5, 8, 1024) each; y is x one
+    token later for x, y in loader.prefetch(1000): ...     # the same from step 1000 on, read ahead
+    by a thread
 
-The shards lie end to end as one stream of tokens. Window i is the block_size + 1 tokens from i * stride on; a
-window may begin in one shard and end in the next, so nothing depends on where shards were cut. Windows are
-numbered through all epochs: step s uses the positions [s * global_batch, (s + 1) * global_batch), and
-position p is window p mod windows_per_epoch in the order of epoch p // windows_per_epoch. That is all there
-is: no state, hence nothing to save, and any world size that divides the global batch trains on the same
-sequences.
+The shards lie end to end as one stream of tokens. Window i is the block_size + 1 tokens from i *
+stride on; a window may begin in one shard and end in the next, so nothing depends on where shards
+were cut. Windows are numbered through all epochs: step s uses the positions [s * global_batch, (s +
+1) * global_batch), and position p is window p mod windows_per_epoch in the order of epoch p //
+windows_per_epoch. That is all there is: no state, hence nothing to save, and any world size that
+divides the global batch trains on the same sequences.
 
-Order of an epoch: the stream, rotated by a random offset, is cut into chunks of 2,048 windows (4 MiB at 1,024
-tokens), 32 chunks drawn at random make a pool, and the windows of a pool are shuffled among themselves. So a
-disk sees long sequential reads, the next pool is read ahead while this one is used, and a batch still mixes
-32 places of the data set. Fewer than 65,536 windows are one pool, that is, shuffled evenly.
+Order of an epoch: the stream, rotated by a random offset, is cut into chunks of 2,048 windows (4
+MiB at 1,024 tokens), 32 chunks drawn at random make a pool, and the windows of a pool are shuffled
+among themselves. So a disk sees long sequential reads, the next pool is read ahead while this one
+is used, and a batch still mixes 32 places of the data set. Fewer than 65,536 windows are one pool,
+that is, shuffled evenly.
 """
 
 import os
@@ -28,11 +30,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.shards import NAME_PATTERN, Manifest, ShardError, open_shard, verify_shard
+from pretrain.tokens.shards import NAME_PATTERN, Manifest, ShardError, open_shard, verify_shard
 
 CHUNK_WINDOWS = 2048
 POOL_CHUNKS = 32
-VERIFIED_BYTES = 2 * 10**9  # data sets up to this size are hashed whenever a run starts: a second per GB
+VERIFIED_BYTES = (
+    2 * 10**9
+)  # data sets up to this size are hashed whenever a run starts: a second per GB
 READ_AHEAD_TOKENS = 2**20  # the prefetching thread makes at least this many tokens at a time, 2 MiB
 
 
@@ -47,9 +51,11 @@ class TokenWindows:
         stride: int | None = None,
         vocab_size: int = 2**16,
     ):
-        """stride: tokens between the starts of neighbours, default block_size (no target is used twice).
+        """stride: tokens between the starts of neighbours, default block_size (no target is used
+        twice).
 
-        Raises ShardError for a shard whose header is wrong, or when all shards together hold no window.
+        Raises ShardError for a shard whose header is wrong, or when all shards together hold no
+        window.
         """
         self.paths = [Path(path) for path in paths]
         self.block_size, self.stride, self.vocab_size = block_size, stride or block_size, vocab_size
@@ -58,35 +64,41 @@ class TokenWindows:
         self._open = lru_cache(maxsize=256)(self._map)  # a map holds a file descriptor
         if self.num_tokens <= block_size:
             where = self.paths[0].parent if self.paths else "no shards"
-            raise ShardError(f"{where}: {self.num_tokens} tokens; a window takes {block_size} and one more")
+            raise ShardError(
+                f"{where}: {self.num_tokens} tokens; a window takes {block_size} and one more"
+            )
 
     def __len__(self) -> int:
         return (self.num_tokens - 1 - self.block_size) // self.stride + 1
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
-        """uint16 (len(numbers), block_size + 1), read-only. Raises ShardError that names the shard of an id
-        which is not below vocab_size."""
+        """uint16 (len(numbers), block_size + 1), read-only. Raises ShardError that names the shard
+        of an id which is not below vocab_size."""
         starts = numbers * self.stride
         shards = np.searchsorted(self.ends, starts, side="right")
         offsets = 2 * (starts - np.append(0, self.ends)[shards])  # in bytes
         # Views of bytes, joined in one go: four times as fast as slices of arrays, one by one.
         size = 2 * (self.block_size + 1)
         maps = {shard: self._open(shard) for shard in set(shards.tolist())}
-        parts = [maps[s][i : i + size] for s, i in zip(shards.tolist(), offsets.tolist(), strict=True)]
+        parts = [
+            maps[s][i : i + size] for s, i in zip(shards.tolist(), offsets.tolist(), strict=True)
+        ]
         for window in np.flatnonzero(starts + self.block_size >= self.ends[shards]):
             part, shard = bytes(parts[window]), shards[window]
             while len(part) < size:  # the window goes on in the next shard
                 shard += 1
                 part += bytes(self._open(shard)[: size - len(part)])
             parts[window] = part
-        tokens = np.frombuffer(b"".join(parts), dtype="<u2").reshape(len(numbers), self.block_size + 1)
+        tokens = np.frombuffer(b"".join(parts), dtype="<u2").reshape(
+            len(numbers), self.block_size + 1
+        )
         if tokens.max(initial=0) >= self.vocab_size:
             self._report_bad_id(tokens, starts)
         return tokens
 
     def read_ahead(self, first: int, last: int) -> None:
-        """Ask the system to have the tokens of windows first..last (inclusive) in memory soon; returns at
-        once."""
+        """Ask the system to have the tokens of windows first..last (inclusive) in memory soon;
+        returns at once."""
         if not hasattr(os, "posix_fadvise"):
             return
         start, stop = first * self.stride, last * self.stride + self.block_size + 1
@@ -132,10 +144,12 @@ class ShardLoader:
         vocab_size: int = 2**16,
         pin_memory: bool = False,
     ):
-        """batch_size: sequences per rank and micro-step. pin_memory: batches in page-locked memory, from
-        which a GPU copies while it computes. shuffle=False: file order, every epoch. Raises ShardError like
-        TokenWindows."""
-        self.windows = TokenWindows(paths, block_size=block_size, stride=stride, vocab_size=vocab_size)
+        """batch_size: sequences per rank and micro-step. pin_memory: batches in page-locked memory,
+        from which a GPU copies while it computes. shuffle=False: file order, every epoch. Raises
+        ShardError like TokenWindows."""
+        self.windows = TokenWindows(
+            paths, block_size=block_size, stride=stride, vocab_size=vocab_size
+        )
         self.shape = (accumulation_steps, batch_size, block_size + 1)
         self.global_batch = accumulation_steps * batch_size * world_size  # sequences per step
         self.seed, self.shuffle, self.pin_memory = seed, shuffle, pin_memory
@@ -154,9 +168,9 @@ class ShardLoader:
         return len(self.windows) / self.global_batch
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """x and y, int64 (accumulation_steps, batch_size, block_size); views of one tensor. Depends on
-        nothing but the arguments of the constructor and the step. Raises ShardError when a token id is not
-        below vocab_size."""
+        """x and y, int64 (accumulation_steps, batch_size, block_size); views of one tensor. Depends
+        on nothing but the arguments of the constructor and the step. Raises ShardError when a token
+        id is not below vocab_size."""
         tokens = torch.from_numpy(self._tokens(step, 1)[0].astype(np.int64))
         if self.pin_memory:
             tokens = tokens.pin_memory()
@@ -165,8 +179,9 @@ class ShardLoader:
     def prefetch(
         self, step: int = 0, *, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """batch(step), batch(step + 1), ... without end, on the device, made ahead by a thread. Close the
-        iterator (contextlib.closing) to end the thread. What goes wrong in the thread is raised here."""
+        """batch(step), batch(step + 1), ... without end, on the device, made ahead by a thread.
+        Close the iterator (contextlib.closing) to end the thread. What goes wrong in the thread is
+        raised here."""
         steps = max(1, READ_AHEAD_TOKENS // (self._share.size * self.shape[-1]))  # made at a time
         made: queue.Queue = queue.Queue(maxsize=2)
         closed = threading.Event()
@@ -207,7 +222,8 @@ class ShardLoader:
             thread.join()
 
     def order(self, positions: np.ndarray) -> np.ndarray:
-        """Window numbers at these positions (int64, any order), counted through all epochs from 0."""
+        """Window numbers at these positions (int64, any order), counted through all epochs from
+        0."""
         epochs, places = np.divmod(positions, len(self.windows))
         if not self.shuffle:
             return places
@@ -217,21 +233,27 @@ class ShardLoader:
         pools = epochs * pools_per_epoch + places // pool_windows
         for number in np.unique(pools).tolist():
             here = pools == number
-            windows[here] = self._pool(*divmod(number, pools_per_epoch))[places[here] % pool_windows]
+            windows[here] = self._pool(*divmod(number, pools_per_epoch))[
+                places[here] % pool_windows
+            ]
         return windows
 
     def _tokens(self, step: int, steps: int) -> np.ndarray:
         """This rank's tokens of some steps, uint16 (steps, *self.shape)."""
-        positions = (np.arange(step, step + steps)[:, None] * self.global_batch + self._share).reshape(-1)
+        positions = (
+            np.arange(step, step + steps)[:, None] * self.global_batch + self._share
+        ).reshape(-1)
         return self.windows.read(self.order(positions)).reshape(steps, *self.shape)
 
     def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
-        """How far the epoch's windows are rotated, and its chunks in order, the one that is not full at the
-        end."""
+        """How far the epoch's windows are rotated, and its chunks in order, the one that is not
+        full at the end."""
         num_windows = len(self.windows)
         random = _random_bits((self.seed, epoch), -(-num_windows // CHUNK_WINDOWS) + 1)
         full = num_windows // CHUNK_WINDOWS
-        chunks = np.append(np.argsort(random[1 : full + 1], kind="stable"), np.arange(full, len(random) - 1))
+        chunks = np.append(
+            np.argsort(random[1 : full + 1], kind="stable"), np.arange(full, len(random) - 1)
+        )
         return int(random[0] % np.uint64(num_windows)), chunks
 
     def _chunks(self, epoch: int, pool: int) -> tuple[int, np.ndarray]:
@@ -260,21 +282,27 @@ class ShardLoader:
 
 
 def page_locked(tokens: np.ndarray) -> Tensor:
-    """uint16 tokens as int16 bits in page-locked memory, from which a GPU copies while it computes."""
+    """uint16 tokens as int16 bits in page-locked memory, from which a GPU copies while it
+    computes."""
     bits = torch.empty(tokens.shape, dtype=torch.int16, pin_memory=True)
     np.copyto(bits.numpy(), tokens.view(np.int16))
     return bits
 
 
-def verify_data(data_dir: str | Path, wanted: bool | None, rank: int = 0, world_size: int = 1) -> None:
-    """Read through this rank's share of a folder's shards. Raises ShardError for the first that is damaged.
+def verify_data(
+    data_dir: str | Path, wanted: bool | None, rank: int = 0, world_size: int = 1
+) -> None:
+    """Read through this rank's share of a folder's shards. Raises ShardError for the first that is
+    damaged.
 
-    wanted: True, False, or None for folders of up to VERIFIED_BYTES. Manifests give the hashes to compare;
-    without one only headers and ids are checked.
+    wanted: True, False, or None for folders of up to VERIFIED_BYTES. Manifests give the hashes to
+    compare; without one only headers and ids are checked.
     """
     manifest = Manifest.load(data_dir)
     expected = {shard.file: shard for shard in manifest.shards} if manifest else {}
-    paths = [path for path in sorted(Path(data_dir).glob("*.npy")) if NAME_PATTERN.fullmatch(path.name)]
+    paths = [
+        path for path in sorted(Path(data_dir).glob("*.npy")) if NAME_PATTERN.fullmatch(path.name)
+    ]
     paths = [path for path in paths if not manifest or path.name in expected]
     if wanted is None:
         wanted = sum(path.stat().st_size for path in paths) <= VERIFIED_BYTES
@@ -283,6 +311,7 @@ def verify_data(data_dir: str | Path, wanted: bool | None, rank: int = 0, world_
 
 
 def _random_bits(key: tuple[int, ...], count: int) -> np.ndarray:
-    """uint64 (count,). Raw bits and a stable sort: unlike Generator.permutation these are promised to stay
-    the same from one NumPy to the next (NEP 19), so an order lasts as long as its checkpoints."""
+    """uint64 (count,). Raw bits and a stable sort: unlike Generator.permutation these are promised
+    to stay the same from one NumPy to the next (NEP 19), so an order lasts as long as its
+    checkpoints."""
     return np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)

@@ -1,5 +1,5 @@
-"""What train_gpt2.py can be told: every flag, its default, and what of it contradicts the rest or the
-machine.
+"""What train_gpt2.py can be told: every flag, its default, and what of it contradicts the rest or
+the machine.
 
     args, given, problems = parse(build_parser(), ["--batch_size", "16"])
     problems = problems or check(args, given, world_size=8)
@@ -9,24 +9,25 @@ import argparse
 import math
 import os
 
-from pretrain import distributed, trackers
-from pretrain.documents import local_source
-from pretrain.flags import number
-from pretrain.keytokens import KeyTokenError, load_key_tokens
-from pretrain.owntext import is_shard_folder
-from pretrain.shards import DEFAULT_DATA_DIR, ShardError, find_shards
-from pretrain.source import SourceError
-from pretrain.tokenizer import TokenizerUnavailable
-
-COUNT, AMOUNT = number(int, minimum=1), number(int, minimum=0)
-REAL, SHARE = number(float, minimum=0), number(float, minimum=0, below=1)
+from pretrain import distributed
+from pretrain.flags import AMOUNT, COUNT, REAL, SEED, SHARE
+from pretrain.report import trackers
+from pretrain.text.documents import local_source
+from pretrain.text.source import SourceError
+from pretrain.tokens.owntext import is_shard_folder
+from pretrain.tokens.shards import DEFAULT_DATA_DIR, ShardError, find_shards
+from pretrain.tokens.tokenizer import TokenizerUnavailable
+from pretrain.train.keytokens import KeyTokenError, load_key_tokens
 
 # A flag on the command line puts these of a --config file out of force.
 RIVALS = {
-    "data": {"data_dir"}, "data_dir": {"data"}, "max_iters": {"epochs"},
-    "epochs": {"max_iters", "lr_decay_iters"}, "total_batch_tokens": {"gradient_accumulation_steps"},
+    "data": {"data_dir"},
+    "data_dir": {"data"},
+    "max_iters": {"epochs"},
+    "epochs": {"max_iters", "lr_decay_iters"},
+    "total_batch_tokens": {"gradient_accumulation_steps"},
     "gradient_accumulation_steps": {"total_batch_tokens"},
-}  # fmt: skip
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -146,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="the metrics also as TensorBoard's files, in OUT_DIR/tensorboard (off)")
     add("--wandb", action=switch, default=False,
         help="the metrics also to Weights & Biases; WANDB_MODE=offline keeps them in OUT_DIR/wandb (off)")
-    add("--seed", type=AMOUNT, default=1337, help="of weights, data order, dropout and samples (1337)")
+    add("--seed", type=SEED, default=1337, help="of weights, data order, dropout and samples (1337)")
     # fmt: on
     return parser
 
@@ -159,8 +160,12 @@ def check(args: argparse.Namespace, given: set[str], world_size: int) -> list[st
     if args.min_lr > args.learning_rate:
         problems.append(f"--min_lr {args.min_lr}: above --learning_rate {args.learning_rate}")
     if args.warmup_iters > args.lr_decay_iters and not args.epochs:
-        problems.append(f"--warmup_iters {args.warmup_iters}: after --lr_decay_iters {args.lr_decay_iters}")
-    smallest = args.batch_size * args.block_size * world_size  # tokens in a micro-step of all processes
+        problems.append(
+            f"--warmup_iters {args.warmup_iters}: after --lr_decay_iters {args.lr_decay_iters}"
+        )
+    smallest = (
+        args.batch_size * args.block_size * world_size
+    )  # tokens in a micro-step of all processes
     if args.total_batch_tokens % smallest:
         problems.append(
             f"--total_batch_tokens {args.total_batch_tokens}: not a multiple of {smallest} (--batch_size"
@@ -213,8 +218,8 @@ def _check_key_tokens(args: argparse.Namespace, given: set[str]) -> list[str]:
 
 
 def set_length(args: argparse.Namespace, given: set[str], steps_per_epoch: float) -> str | None:
-    """Turn --epochs, where given, into --max_iters, and set what follows from it. Returns what contradicts
-    it."""
+    """Turn --epochs, where given, into --max_iters, and set what follows from it. Returns what
+    contradicts it."""
     if not args.epochs:
         return None
     args.max_iters = math.ceil(args.epochs * steps_per_epoch)

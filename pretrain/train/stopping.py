@@ -1,5 +1,5 @@
-"""Reasons to stop a run before its end: signals, and numbers that are not finite. Every rank stops at the
-same point.
+"""Reasons to stop a run before its end: signals, and numbers that are not finite. Every rank stops
+at the same point.
 
     with StopSignal(ranks) as stop:
         if signal_number := stop.agreed(): ...       # before each micro-step
@@ -26,10 +26,10 @@ class NotFinite(RuntimeError):
 class StopSignal:
     """SIGTERM and SIGINT, noted when they come and agreed upon by all ranks before each micro-step.
 
-    Ranks are signalled at different moments, and a rank that stops alone leaves the others waiting for its
-    gradients. So each call of agreed() starts a reduction of what this rank has seen and returns the result
-    of the one that the call before started: by then it has long arrived, and no rank waits. All ranks must
-    call it equally often.
+    Ranks are signalled at different moments, and a rank that stops alone leaves the others waiting
+    for its gradients. So each call of agreed() starts a reduction of what this rank has seen and
+    returns the result of the one that the call before started: by then it has long arrived, and no
+    rank waits. All ranks must call it equally often.
     """
 
     def __init__(self, ranks: Ranks):
@@ -67,7 +67,8 @@ class StopSignal:
         return self.number > 0
 
     def agreed(self) -> int:
-        """The signal that some rank had received by the call before, 0 for none: the same on every rank."""
+        """The signal that some rank had received by the call before, 0 for none: the same on every
+        rank."""
         if self.ranks.world_size == 1:
             return self.number
         agreed = 0
@@ -84,20 +85,26 @@ class StopSignal:
 class FiniteGuard:
     """Keeps an update with a nan or inf from being applied, and raises NotFinite for it.
 
-    On a GPU nothing waits for the numbers: a flag on the device makes the fused optimizer leave this and
-    every later update out, a copy of the numbers travels to the host meanwhile, and the next step's check (or
-    flush) raises. Elsewhere the check comes first. The norm is the same on all ranks, so all raise at the
-    same step; a rank's loss reaches the norm because loss_weight turns a loss that is not finite into
-    gradients that are not.
+    On a GPU nothing waits for the numbers: a flag on the device makes the fused optimizer leave
+    this and every later update out, a copy of the numbers travels to the host meanwhile, and the
+    next step's check (or flush) raises. Elsewhere the check comes first. The norm is the same on
+    all ranks, so all raise at the same step; a rank's loss reaches the norm because loss_weight
+    turns a loss that is not finite into gradients that are not.
     """
 
     def __init__(
-        self, ranks: Ranks, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, late: bool
+        self,
+        ranks: Ranks,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        late: bool,
     ):
         """late: check one step later, as above; needs a fused optimizer."""
         self.ranks, self.optimizer, self.scaler, self.late = ranks, optimizer, scaler, late
         self._under_way: tuple[int, Tensor, torch.cuda.Event | None] | None = None
-        self._found = torch.zeros((), device=ranks.device)  # 1 from the first update that was left out
+        self._found = torch.zeros(
+            (), device=ranks.device
+        )  # 1 from the first update that was left out
 
     @staticmethod
     def loss_weight(loss: Tensor, accumulation_steps: int) -> Tensor:
@@ -105,7 +112,8 @@ class FiniteGuard:
         return torch.where(loss.isfinite(), 1 / accumulation_steps, torch.nan)
 
     def check(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        """Before optimizer.step(): loss and norm are this step's, detached scalars. Raises NotFinite."""
+        """Before optimizer.step(): loss and norm are this step's, detached scalars. Raises
+        NotFinite."""
         if not self.late:
             self._raise_unless_finite(step, loss.item(), grad_norm.item())
             return
@@ -122,16 +130,16 @@ class FiniteGuard:
         self._under_way = (step, numbers, event)
 
     def flush(self) -> None:
-        """Raise NotFinite for the step checked last, if need be. All ranks, before an evaluation or the
-        end."""
+        """Raise NotFinite for the step checked last, if need be. All ranks, before an evaluation or
+        the end."""
         if self._under_way and not self.is_clean():
             step, numbers, _ = self._under_way
             self._raise_unless_finite(step, *numbers.tolist())
         self._under_way = None
 
     def is_clean(self) -> bool:
-        """Whether the step checked last was finite; waits for its numbers. For rank 0 alone, before a
-        save."""
+        """Whether the step checked last was finite; waits for its numbers. For rank 0 alone, before
+        a save."""
         if self._under_way is None:
             return True
         _, numbers, event = self._under_way
@@ -146,7 +154,10 @@ class FiniteGuard:
         bad = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
         if self.scaler.is_enabled() and not bad and self.scaler.get_scale() > 1:
             return  # gradients that float16 cannot hold: the scaler skips the update and scales less
-        where = ", ".join(f"{losses[rank]} on rank {rank}" for rank in bad) or f"{losses[0]:.4f} on rank 0"
+        where = (
+            ", ".join(f"{losses[rank]} on rank {rank}" for rank in bad)
+            or f"{losses[0]:.4f} on rank 0"
+        )
         raise NotFinite(
             f"step {step}: loss {where}, gradient norm {grad_norm}; stopped before the update. The last"
             " checkpoint is good: continue with a lower --learning_rate or --grad_clip, or another --dtype"

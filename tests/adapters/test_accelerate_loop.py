@@ -14,7 +14,7 @@ from tiny_runs import flags, initial_model, logged, plain_loop, validation_loss,
 from adapters import accelerate_loop
 from model import GPT
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +47,11 @@ def test_losses_are_those_of_a_plain_loop(data_dir, run):
     assert logged(run, "eval", "val_loss")[4] == pytest.approx(val_loss, abs=1e-5)
 
 
-def test_two_processes_train_and_evaluate_like_one_with_twice_the_micro_batches(data_dir, run, tmp_path):
-    """The five validation windows are three batches: the processes have different shares of them. Learning
-    rates are compared too: a prepared scheduler would be stepped by every process."""
+def test_two_processes_train_and_evaluate_like_one_with_twice_the_micro_batches(
+    data_dir, run, tmp_path
+):
+    """The five validation windows are three batches: the processes have different shares of them.
+    Learning rates are compared too: a prepared scheduler would be stepped by every process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "adapters.accelerate_loop", "--cpu"]
     command += flags(data_dir, tmp_path, gradient_accumulation_steps=1)
@@ -79,7 +81,12 @@ def test_a_finished_run_is_not_trained_further(data_dir, run, capsys):
 
 def test_only_whole_states_are_there_and_only_the_newest_two(data_dir, tmp_path, monkeypatch):
     assert train(data_dir, tmp_path, eval_interval=1) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "metrics.jsonl", "step-3", "step-4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "export",
+        "metrics.jsonl",
+        "step-3",
+        "step-4",
+    ]
 
     def killed(self, folder):
         Path(folder).mkdir()
@@ -98,11 +105,15 @@ def test_only_whole_states_are_there_and_only_the_newest_two(data_dir, tmp_path,
 
 def test_the_export_is_the_model_that_was_trained(data_dir, run):
     model = GPT.from_pretrained(run / "export")
-    assert validation_loss(model, data_dir) == pytest.approx(logged(run, "eval", "val_loss")[4], abs=1e-5)
+    assert validation_loss(model, data_dir) == pytest.approx(
+        logged(run, "eval", "val_loss")[4], abs=1e-5
+    )
     assert validation_loss(initial_model(), data_dir) > logged(run, "eval", "val_loss")[4] + 0.1
 
 
-def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(data_dir, run, tmp_path, monkeypatch):
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(
+    data_dir, run, tmp_path, monkeypatch
+):
     seen = []
     original = GPT.hidden_states
 
@@ -127,4 +138,6 @@ def test_a_mistake_is_one_line(data_dir, tmp_path, capsys):
     damaged.write_bytes(b"PK")
     assert train(data_dir, tmp_path / "out", "--init_from", str(damaged)) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith(f"accelerate_loop: error: {damaged}: damaged")
+    assert error.count("\n") == 1 and error.startswith(
+        f"accelerate_loop: error: {damaged}: damaged"
+    )

@@ -12,7 +12,13 @@ TRAINERS = {
     "accelerate_loop": accelerate_loop,
     "lightning_module": lightning_module,
 }
-CHANGES = {"max_iters": 20, "lr_decay_iters": 20, "warmup_iters": 3, "eval_interval": 10, "n_layer": 2}
+CHANGES = {
+    "max_iters": 20,
+    "lr_decay_iters": 20,
+    "warmup_iters": 3,
+    "eval_interval": 10,
+    "n_layer": 2,
+}
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,19 @@ import hellaswag
 from adapters import common, hf_trainer, huggingface
 from adapters.hf_tokenizer import build_tokenizer
 from model import GPT
-from pretrain.tokenizer import END_OF_TEXT, load_encoding
+from pretrain.tokens.tokenizer import END_OF_TEXT, load_encoding
 
-STORIES = ["The river was high. " * 20, "A boat came down the river, and the owl saw it. " * 20, "Too short."]
+STORIES = [
+    "The river was high. " * 20,
+    "A boat came down the river, and the owl saw it. " * 20,
+    "Too short.",
+]
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    """No network, no cache outside the test, and Accelerate as if no other test had configured it."""
+    """No network, no cache outside the test, and Accelerate as if no other test had configured
+    it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -68,7 +73,9 @@ def make_trainer(data_dir, out_dir, *more, **changes):
 def test_logged_losses_and_evaluations_are_those_of_a_plain_loop(data_dir, run):
     losses, val_loss = plain_loop(data_dir)
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    assert [record["loss"] for record in history if "loss" in record] == pytest.approx(losses, abs=1e-5)
+    assert [record["loss"] for record in history if "loss" in record] == pytest.approx(
+        losses, abs=1e-5
+    )
     assert list(logged(run).values()) == pytest.approx(losses, abs=1e-5)
     last = [record for record in history if "eval_loss" in record][-1]
     assert last["eval_loss"] == pytest.approx(val_loss, abs=1e-5)
@@ -87,8 +94,8 @@ def means_of_two(losses):
     return [(a + b) / 2 for a, b in zip(losses[::2], losses[1::2], strict=True)]
 
 
-# A learning rate of 0 keeps the weights, so that any batch can be computed afterwards. Evaluation is off: its
-# batches would go through the collator too.
+# A learning rate of 0 keeps the weights, so that any batch can be computed afterwards. Evaluation
+# is off: its batches would go through the collator too.
 STILL = {"learning_rate": 0, "min_lr": 0, "eval_interval": 0}
 
 
@@ -98,7 +105,9 @@ def test_logged_losses_on_raw_text_are_means_over_the_predicted_tokens(stories, 
     model = initial_model()
     with torch.no_grad():
         expected = [
-            F.cross_entropy(model(b["input_ids"])[0][:, :-1].transpose(1, 2), b["input_ids"][:, 1:]).item()
+            F.cross_entropy(
+                model(b["input_ids"])[0][:, :-1].transpose(1, 2), b["input_ids"][:, 1:]
+            ).item()
             for b in batches[:8]
         ]
     assert losses == pytest.approx(means_of_two(expected), abs=1e-5)
@@ -148,7 +157,14 @@ def test_matrices_decay_and_biases_and_norms_do_not(data_dir, tmp_path):
 
 def test_a_schedule_of_transformers_can_be_named(stories, tmp_path):
     trainer = make_trainer(
-        None, tmp_path, *stories, "--lr_scheduler", "cosine", max_iters=10, warmup_iters=2, lr_decay_iters=10
+        None,
+        tmp_path,
+        *stories,
+        "--lr_scheduler",
+        "cosine",
+        max_iters=10,
+        warmup_iters=2,
+        lr_decay_iters=10,
     )
     trainer.create_optimizer_and_scheduler(10)
     rates = [trainer.lr_scheduler.lr_lambdas[0](step) for step in range(11)]
@@ -177,7 +193,9 @@ def test_gradient_checkpointing_changes_memory_and_not_the_losses(data_dir, run,
 
 def test_a_run_begins_with_the_weights_of_a_checkpoint(data_dir, tmp_path, capsys):
     model = initial_model(n_layer=2, block_size=32)
-    torch.save({"model": model.state_dict(), "model_config": asdict(model.config)}, tmp_path / "a.pt")
+    torch.save(
+        {"model": model.state_dict(), "model_config": asdict(model.config)}, tmp_path / "a.pt"
+    )
     more = ["--init_from", str(tmp_path / "a.pt")]
     trainer = make_trainer(data_dir, tmp_path, *more, n_layer=2)
     assert trainer.train_dataset[0]["input_ids"].shape == (16,)  # as --block_size asks
@@ -227,7 +245,13 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(data_dir, run, tmp_pat
     assert train(data_dir, tmp_path) == 0
     assert logged(tmp_path) == logged(run)
     assert logged(tmp_path, "eval", "val_loss") == logged(run, "eval", "val_loss")
-    names = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    names = {
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    }
     assert names <= {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
 
 
@@ -236,16 +260,27 @@ def test_the_last_step_is_saved_even_between_evaluations(data_dir, tmp_path):
     assert (tmp_path / "checkpoint-3").is_dir()
 
 
-def test_a_trained_model_goes_to_transformers_to_our_model_and_through_hellaswag(data_dir, run, tmp_path):
+def test_a_trained_model_goes_to_transformers_to_our_model_and_through_hellaswag(
+    data_dir, run, tmp_path
+):
     theirs = AutoModelForCausalLM.from_pretrained(run).eval()
     ours = GPT.from_pretrained(run)
-    assert validation_loss(ours, data_dir) == pytest.approx(logged(run, "eval", "val_loss")[4], abs=1e-5)
-    assert validation_loss(theirs, data_dir) == pytest.approx(validation_loss(ours, data_dir), abs=1e-5)
+    assert validation_loss(ours, data_dir) == pytest.approx(
+        logged(run, "eval", "val_loss")[4], abs=1e-5
+    )
+    assert validation_loss(theirs, data_dir) == pytest.approx(
+        validation_loss(ours, data_dir), abs=1e-5
+    )
     tokenizer = AutoTokenizer.from_pretrained(run)
     assert tokenizer("naïve river")["input_ids"] == load_encoding().encode_ordinary("naïve river")
 
     items = [
-        {"activity_label": "Owls", "ctx": "The owl", "endings": ["saw", "sat", "ran", "was"], "label": 1}
+        {
+            "activity_label": "Owls",
+            "ctx": "The owl",
+            "endings": ["saw", "sat", "ran", "was"],
+            "label": 1,
+        }
     ]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items * 4))
     assert huggingface.main(["export", str(run / "checkpoint-4"), str(tmp_path / "out")]) == 0

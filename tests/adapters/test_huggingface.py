@@ -1,5 +1,5 @@
-"""Checkpoints to Hugging Face folders and back, and to a hub, checked with transformers, tiktoken and the
-vocabulary files that OpenAI published."""
+"""Checkpoints to Hugging Face folders and back, and to a hub, checked with transformers, tiktoken
+and the vocabulary files that OpenAI published."""
 
 import importlib.util
 import json
@@ -16,12 +16,12 @@ from upload_hub import UploadHub
 
 from adapters import huggingface
 from model import GPT, GPTConfig, load_checkpoint
-from pretrain import checkpoint as checkpoints
-from pretrain.runlog import RunLog
-from pretrain.shards import Manifest, Shard
-from pretrain.tokenizer import END_OF_TEXT, load_encoding
+from pretrain.report.runlog import RunLog
+from pretrain.tokens.shards import Manifest, Shard
+from pretrain.tokens.tokenizer import END_OF_TEXT, load_encoding
+from pretrain.train import checkpoint as checkpoints
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ENCODING = load_encoding()
 TEXTS = ["", " ", "Hello world", "don't  stop \n\n\t now", "naïve 日本語 🦉", "x" * 300]
 TEXTS += ["a<|endoftext|>b <|endoftext|>", "<|endoftext|>"]
@@ -35,7 +35,9 @@ def without_network(monkeypatch):
 def gpt(seed=0, **sizes):
     """A tiny GPT with all parameters random, biases and norms too."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, **sizes})).eval()
+    model = GPT(
+        GPTConfig(**{"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, **sizes})
+    ).eval()
     for name, parameter in model.named_parameters():
         rows = slice(model.config.vocab_size) if "wte" in name else slice(None)
         parameter.data[rows] += 0.2 * torch.randn_like(parameter.data[rows])
@@ -44,7 +46,12 @@ def gpt(seed=0, **sizes):
 
 def save(model, path, **more):
     path.parent.mkdir(parents=True, exist_ok=True)
-    required = {"format": 1, "model": model.state_dict(), "model_config": asdict(model.config), "step": 20}
+    required = {
+        "format": 1,
+        "model": model.state_dict(),
+        "model_config": asdict(model.config),
+        "step": 20,
+    }
     torch.save({**required, **more}, path)
     return path
 
@@ -60,7 +67,9 @@ def load_theirs(folder):
 
 
 def tokens(rows=2, length=32):
-    return torch.randint(END_OF_TEXT + 1, (rows, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        END_OF_TEXT + 1, (rows, length), generator=torch.Generator().manual_seed(1)
+    )
 
 
 def assert_same_logits(ours, theirs, atol=1e-4):
@@ -86,14 +95,26 @@ def run_folder(model, tmp_path_factory):
     shard = Shard("web_train_000001.npy", "train", 5000, 12, "0" * 64, {})
     Manifest("web", source, {}, {}, 100, [shard], complete=True).save(data)
     flags = {"data_dir": str(data), "out_dir": str(folder), "learning_rate": 6e-4, "batch_size": 4}
-    flags |= {"n_layer": 12, "compile": False, "hellaswag_data": None}  # 12: the default, not the model's
+    flags |= {
+        "n_layer": 12,
+        "compile": False,
+        "hellaswag_data": None,
+    }  # 12: the default, not the model's
     flags |= {"init_from": "/home/somebody/secret-project/model.pt"}
     log = RunLog(folder)
     log.write("start", step=0)
     for step in (10, 20, 30):
         hellaswag = {"acc": 0.251, "acc_norm": 0.25 + step / 1000, "n": 10042}
-        log.write("eval", step=step, tokens=step * 128, val_loss=9 - step / 10, train_loss=8.9 - step / 10,
-                  perplexity=123.0, accuracy=0.1, hellaswag=hellaswag)  # fmt: skip
+        log.write(
+            "eval",
+            step=step,
+            tokens=step * 128,
+            val_loss=9 - step / 10,
+            train_loss=8.9 - step / 10,
+            perplexity=123.0,
+            accuracy=0.1,
+            hellaswag=hellaswag,
+        )
     save(model, folder / "best_val_loss.pt", tokens=2560, val_loss=7.0, config=flags)
     return folder
 
@@ -117,7 +138,11 @@ def test_transformers_loads_an_export_with_the_same_logits(model, exported):
 
 def test_the_configuration_says_all_that_other_tools_ask(exported):
     config = json.loads((exported / "config.json").read_text())
-    expected = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"}
+    expected = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "torch_dtype": "float32",
+    }
     expected |= {"vocab_size": 50257, "n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 16}
     expected |= {"n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
     expected |= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
@@ -164,7 +189,9 @@ def test_the_text_generation_pipeline_writes_what_the_model_writes(model, export
     from transformers import pipeline
 
     prompt = "Hello world"
-    written = pipeline("text-generation", model=str(exported))(prompt, max_new_tokens=8, do_sample=False)
+    written = pipeline("text-generation", model=str(exported))(
+        prompt, max_new_tokens=8, do_sample=False
+    )
     ids = torch.tensor([ENCODING.encode_ordinary(prompt)])
     expected = model.generate(ids, 8, temperature=0)[0].tolist()
     assert written[0]["generated_text"] == ENCODING.decode(expected)
@@ -199,13 +226,19 @@ def test_padding_that_counts_as_vocabulary_is_left_out(tmp_path, capsys):
 
 def test_a_folder_of_trainer_is_completed_with_the_tokenizer(exported, tmp_path):
     theirs = load_theirs(exported)
-    theirs.save_pretrained(tmp_path / "checkpoint-500")  # what Trainer saves: weights and configuration
+    theirs.save_pretrained(
+        tmp_path / "checkpoint-500"
+    )  # what Trainer saves: weights and configuration
     assert run("export", tmp_path / "checkpoint-500", tmp_path / "out") == 0
     assert_same_logits(GPT.from_pretrained(tmp_path / "out"), theirs)
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (exported / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        exported / "tokenizer.json"
+    ).read_bytes()
 
 
-def test_only_empty_folders_and_exports_are_written_to_unless_told_otherwise(model, tmp_path, capsys):
+def test_only_empty_folders_and_exports_are_written_to_unless_told_otherwise(
+    model, tmp_path, capsys
+):
     out = tmp_path / "out"
     out.mkdir()
     huggingface.export(model, out)
@@ -256,7 +289,9 @@ def test_an_imported_folder_is_a_checkpoint_with_the_same_logits(tmp_path):
 def test_a_checkpoint_survives_export_and_import_bit_by_bit(model, exported, tmp_path):
     assert run("import", exported, tmp_path / "back.pt") == 0
     back, _ = load_checkpoint(tmp_path / "back.pt")
-    assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor, back.state_dict()[name]) for name, tensor in model.state_dict().items()
+    )
 
 
 @pytest.fixture
@@ -265,7 +300,10 @@ def workplace(tmp_path, monkeypatch, exported):
     monkeypatch.chdir(tmp_path)
     Path("exported").symlink_to(exported)
     Path("damaged.pt").write_bytes(b"PK\x03\x04" + bytes(100))
-    save(GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=1, n_embd=4)), Path("letters.pt"))
+    save(
+        GPT(GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=1, n_embd=4)),
+        Path("letters.pt"),
+    )
     save(GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=4)), Path("tiny.pt"))
     Path("llama").mkdir()
     Path("llama/config.json").write_text('{"model_type": "llama"}')
@@ -302,7 +340,11 @@ def test_a_missing_framework_is_named_with_the_requirements_file(tmp_path, monke
     path = save(gpt(), tmp_path / "model.pt")
     assert run("export", path, tmp_path / "out") == 1
     errors = capsys.readouterr().err
-    assert "transformers" in errors and "requirements-adapters.txt" in errors and errors.count("\n") == 1
+    assert (
+        "transformers" in errors
+        and "requirements-adapters.txt" in errors
+        and errors.count("\n") == 1
+    )
     assert os.listdir(tmp_path) == ["model.pt"]
 
 
@@ -313,7 +355,9 @@ def test_help_loads_neither_torch_nor_transformers():
         "except SystemExit as stop: assert stop.code == 0\n"
         "sys.exit(str({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules) or ''))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.stderr.strip() == "" and "--private" in done.stdout
 
 
@@ -329,16 +373,25 @@ def push(tmp_path_factory):
 
     def push(hub, *argv, token=TOKEN):
         env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": token, "NO_PROXY": "127.0.0.1"}
+        env |= {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(home),
+            "HF_TOKEN": token,
+            "NO_PROXY": "127.0.0.1",
+        }
         command = [sys.executable, "-m", "adapters.huggingface", "push", *map(str, argv)]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        )
         assert token not in done.stdout + done.stderr
         return done
 
     return push
 
 
-def test_push_creates_a_repository_with_the_export_and_a_card_of_the_run(push, exported, model, tmp_path):
+def test_push_creates_a_repository_with_the_export_and_a_card_of_the_run(
+    push, exported, model, tmp_path
+):
     with UploadHub(TOKEN) as hub:
         done = push(hub, exported, "somebody/tiny", "--private")
         assert (done.returncode, done.stdout) == (0, f"{hub.url}/somebody/tiny\n"), done.stderr
@@ -354,9 +407,21 @@ def test_push_creates_a_repository_with_the_export_and_a_card_of_the_run(push, e
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.datasets == ["example/web-text"]
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert results == {"acc": 0.251, "acc_norm": 0.27}  # of step 20: step 30 came after the checkpoint
-    facts = ['from_pretrained("somebody/tiny")', "2,560 tokens in 20 steps", "validation loss of 7.0000"]
-    facts += ["with the weights of another model", "c0ffee", "| tokens | 5,000 |", "| documents | 12 |"]
+    assert results == {
+        "acc": 0.251,
+        "acc_norm": 0.27,
+    }  # of step 20: step 30 came after the checkpoint
+    facts = [
+        'from_pretrained("somebody/tiny")',
+        "2,560 tokens in 20 steps",
+        "validation loss of 7.0000",
+    ]
+    facts += [
+        "with the weights of another model",
+        "c0ffee",
+        "| tokens | 5,000 |",
+        "| documents | 12 |",
+    ]
     facts += ["| `learning_rate` | 0.0006 |", "| `n_layer` | 2 |"]
     facts += ["| 20 | 2,560 | 6.9000 | 7.0000 |", "| completion | 20 | 10,042 | 0.2510 | 0.2700 |"]
     assert [fact for fact in facts if fact not in card.text] == []

@@ -19,11 +19,16 @@ from adapters import huggingface, lightning_module
 from adapters.lightning_data import LLMDataModule, PositionSampler
 from adapters.lightning_module import BabyGPT
 from model import GPT
-from pretrain.loader import ShardLoader
-from pretrain.shards import find_shards
+from pretrain.tokens.shards import find_shards
+from pretrain.train.loader import ShardLoader
 
-ROOT = Path(__file__).parent.parent
-QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+ROOT = Path(__file__).parents[2]
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -90,20 +95,35 @@ def test_matrices_decay_and_biases_and_norms_do_not():
 @pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_steps": 13, "max_epochs": -1}])
 def test_the_cosine_ends_with_the_last_update_however_the_run_is_limited(limit, tmp_path):
     data = LLMDataModule(
-        str(write_shards(tmp_path, train_tokens=700)), batch_size=2, block_size=16, accumulation_steps=3
+        str(write_shards(tmp_path, train_tokens=700)),
+        batch_size=2,
+        block_size=16,
+        accumulation_steps=3,
     )
-    module, record = BabyGPT(initial_model(), learning_rate=1.0, min_lr=0.0, warmup_steps=2), Record()
+    module, record = (
+        BabyGPT(initial_model(), learning_rate=1.0, min_lr=0.0, warmup_steps=2),
+        Record(),
+    )
     trainer = Trainer(
-        accumulate_grad_batches=3, callbacks=[record], limit_val_batches=0, enable_checkpointing=False,
-        **limit, **QUIET,
-    )  # fmt: skip
+        accumulate_grad_batches=3,
+        callbacks=[record],
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        **limit,
+        **QUIET,
+    )
     trainer.fit(module, data)
     updates = trainer.global_step
-    assert updates == (14 if "max_steps" not in limit else 13)  # 43 windows: 7 updates of 6 in an epoch
+    assert updates == (
+        14 if "max_steps" not in limit else 13
+    )  # 43 windows: 7 updates of 6 in an epoch
     assert len(record.rates) == 3 * updates
-    # What is in the optimizer after micro-batch i is for update (i + 1) // 3: constant within an update.
+    # What is in the optimizer after micro-batch i is for update (i + 1) // 3: constant within an
+    # update.
     after_updates = record.rates[2::3]
-    cosine = [0.5 * (1 + math.cos(math.pi * (step - 2) / (updates - 2))) for step in range(2, updates + 1)]
+    cosine = [
+        0.5 * (1 + math.cos(math.pi * (step - 2) / (updates - 2))) for step in range(2, updates + 1)
+    ]
     assert after_updates == pytest.approx([2 / 3, *cosine], abs=1e-9)
     assert record.rates[0] == record.rates[1] == pytest.approx(1 / 3)
 
@@ -120,7 +140,9 @@ def test_validation_loss_is_the_mean_over_all_windows_and_perplexity_is_of_that_
 def test_any_causal_language_model_of_a_folder_trains_like_ours(data_dir, exported):
     ours, theirs = BabyGPT(initial_model()), BabyGPT(str(exported))
     assert theirs.model.training
-    batch = next(iter(ShardLoader(find_shards(data_dir, "train"), batch_size=3, block_size=16).batch(0)))
+    batch = next(
+        iter(ShardLoader(find_shards(data_dir, "train"), batch_size=3, block_size=16).batch(0))
+    )
     x, y = batch[0], batch[0].roll(-1, dims=1)
     assert theirs(x, y).item() == pytest.approx(ours(x, y).item(), abs=1e-5)
     assert isinstance(ours.model, GPT) and type(theirs.model).__name__ == "GPT2LMHeadModel"
@@ -150,19 +172,30 @@ def test_gradient_checkpointing_recomputes_blocks_and_gives_the_same_gradients(k
 def test_every_rank_reads_what_the_loader_would_give_it_through_all_epochs(rank, data_dir):
     data = LLMDataModule(str(data_dir), batch_size=3, block_size=16, accumulation_steps=2, seed=5)
     data.setup()
-    sampler = PositionSampler(data.train, batch_size=3, accumulation_steps=2, rank=rank, world_size=2)
+    sampler = PositionSampler(
+        data.train, batch_size=3, accumulation_steps=2, rank=rank, world_size=2
+    )
     loader = ShardLoader(
-        find_shards(data_dir, "train"), batch_size=3, block_size=16, accumulation_steps=2, rank=rank,
-        world_size=2, seed=5,
-    )  # fmt: skip
+        find_shards(data_dir, "train"),
+        batch_size=3,
+        block_size=16,
+        accumulation_steps=2,
+        rank=rank,
+        world_size=2,
+        seed=5,
+    )
     steps = loader.windows_per_epoch // loader.global_batch
     for epoch in range(2):
         sampler.set_epoch(epoch)
         samples = [data.train[position] for position in sampler]
         assert len(samples) == len(sampler) == steps * 2 * 3
         x, y = zip(*(loader.batch(epoch * steps + step) for step in range(steps)), strict=True)
-        assert torch.equal(torch.stack([s["input_ids"] for s in samples]), torch.cat(x).reshape(-1, 16))
-        assert torch.equal(torch.stack([s["labels"] for s in samples]), torch.cat(y).reshape(-1, 16))
+        assert torch.equal(
+            torch.stack([s["input_ids"] for s in samples]), torch.cat(x).reshape(-1, 16)
+        )
+        assert torch.equal(
+            torch.stack([s["labels"] for s in samples]), torch.cat(y).reshape(-1, 16)
+        )
 
 
 def test_raw_text_is_shuffled_anew_every_epoch_and_validated_on_its_end(tmp_path):
@@ -179,9 +212,12 @@ def test_raw_text_is_shuffled_anew_every_epoch_and_validated_on_its_end(tmp_path
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
     assert len(set(epochs[0])) == len(data.train) > 20
     held_out = {
-        tuple(sample["input_ids"].tolist()) for sample in map(data.val.__getitem__, range(len(data.val)))
+        tuple(sample["input_ids"].tolist())
+        for sample in map(data.val.__getitem__, range(len(data.val)))
     }
-    assert not held_out & set(epochs[0]) and len(held_out) == (len(data.train) + len(held_out)) // 10
+    assert (
+        not held_out & set(epochs[0]) and len(held_out) == (len(data.train) + len(held_out)) // 10
+    )
 
 
 # ---- runs
@@ -192,7 +228,7 @@ import sys
 from pathlib import Path
 from lightning.pytorch import Trainer
 from adapters.lightning_module import BabyGPT, LLMDataModule, RunLogger
-from pretrain.runlog import RunLog
+from pretrain.report.runlog import RunLog
 from tiny_runs import initial_model
 
 module = BabyGPT(initial_model(), learning_rate=0.01, min_lr=0.001, warmup_steps=1)
@@ -205,14 +241,19 @@ Trainer(
 """
 
 
-def test_two_processes_train_and_evaluate_like_one_with_twice_the_micro_batches(data_dir, run, tmp_path):
+def test_two_processes_train_and_evaluate_like_one_with_twice_the_micro_batches(
+    data_dir, run, tmp_path
+):
     """The five validation windows are three on one process and two on the other."""
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
-        [sys.executable, tmp_path / "two.py", data_dir, tmp_path], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}, check=False,
-    )  # fmt: skip
+        [sys.executable, tmp_path / "two.py", data_dir, tmp_path],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     for event, name in (("train", "loss"), ("train", "learning_rate"), ("eval", "val_loss")):
         assert logged(tmp_path, event, name) == pytest.approx(logged(run, event, name), abs=1e-5)
@@ -226,9 +267,14 @@ def test_a_run_resumed_with_ckpt_path_goes_on_as_if_it_had_not_stopped(stop, tmp
         record = Record()
         data = LLMDataModule(data_dir, batch_size=2, block_size=16, accumulation_steps=3)
         trainer = Trainer(
-            max_epochs=2, max_steps=max_steps, accumulate_grad_batches=3, callbacks=[record, *callbacks],
-            limit_val_batches=0, enable_checkpointing=bool(callbacks), **QUIET,
-        )  # fmt: skip
+            max_epochs=2,
+            max_steps=max_steps,
+            accumulate_grad_batches=3,
+            callbacks=[record, *callbacks],
+            limit_val_batches=0,
+            enable_checkpointing=bool(callbacks),
+            **QUIET,
+        )
         trainer.fit(BabyGPT(initial_model(), decay_steps=12), data, ckpt_path=ckpt_path)
         return record
 
@@ -249,15 +295,24 @@ def test_the_same_command_continues_an_interrupted_run(stop, data_dir, run, tmp_
         assert logged(tmp_path, event, name) == logged(run, event, name)
 
 
-def test_the_best_checkpoint_is_the_one_of_the_lowest_loss_and_the_last_is_kept_too(data_dir, tmp_path):
+def test_the_best_checkpoint_is_the_one_of_the_lowest_loss_and_the_last_is_kept_too(
+    data_dir, tmp_path
+):
     """So high a learning rate that the loss rises after the first evaluations."""
-    changes = {"learning_rate": 3, "min_lr": 3, "warmup_iters": 0, "eval_interval": 1, "max_iters": 5}
+    changes = {
+        "learning_rate": 3,
+        "min_lr": 3,
+        "warmup_iters": 0,
+        "eval_interval": 1,
+        "max_iters": 5,
+    }
     assert train(data_dir, tmp_path, **changes | {"lr_decay_iters": 5}) == 0
     val_losses = logged(tmp_path, "eval", "val_loss")
     best = min(val_losses, key=val_losses.get)
     assert best < 5
     steps = [
-        torch.load(tmp_path / name, weights_only=True)["global_step"] for name in ("best.ckpt", "last.ckpt")
+        torch.load(tmp_path / name, weights_only=True)["global_step"]
+        for name in ("best.ckpt", "last.ckpt")
     ]
     assert steps == [best, 5]
     exported = GPT.from_pretrained(tmp_path / "export")
@@ -265,9 +320,21 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_loss_and_the_last_is_kept_
 
 
 def test_a_trained_model_goes_through_hellaswag(run, tmp_path):
-    item = {"activity_label": "Owls", "ctx": "The owl", "endings": ["saw", "sat", "ran", "was"], "label": 1}
+    item = {
+        "activity_label": "Owls",
+        "ctx": "The owl",
+        "endings": ["saw", "sat", "ran", "was"],
+        "label": 1,
+    }
     (tmp_path / "items.jsonl").write_text((json.dumps(item) + "\n") * 3)
-    argv = ["--model", str(run / "export"), "--data", str(tmp_path / "items.jsonl"), "--device", "cpu"]
+    argv = [
+        "--model",
+        str(run / "export"),
+        "--data",
+        str(tmp_path / "items.jsonl"),
+        "--device",
+        "cpu",
+    ]
     assert hellaswag.main([*argv, "--output", str(tmp_path / "results.json")]) == 0
     assert json.loads((tmp_path / "results.json").read_text())["n"] == 3
 

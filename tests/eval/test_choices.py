@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import GPT, GPTConfig
-from pretrain.endings import (
+from pretrain.eval.choices import (
     Item,
     attention_mask,
     collate,
@@ -35,7 +35,9 @@ def random_items(count, seed=0, context=(1, 30), ending=(1, 12), vocabulary=50):
 def small_gpt(block_size=96, seed=0):
     """Larger weights than GPT-2's initialisation, so that losses differ by whole nats."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=50, n_layer=2, n_head=2, n_embd=16)).eval()
+    model = GPT(
+        GPTConfig(block_size=block_size, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
+    ).eval()
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data *= 15
@@ -77,7 +79,9 @@ def test_losses_equal_those_of_one_sequence_at_a_time_whatever_has_to_be_cut(blo
 @pytest.mark.parametrize("batch_tokens", [1, 64, 100_000])
 def test_the_size_of_a_batch_changes_nothing(batch_tokens):
     items, model = random_items(30), small_gpt()
-    assert (losses_of(model, items, batch_tokens) - losses_one_by_one(model, items, 96)).abs().max() < 1e-4
+    assert (
+        losses_of(model, items, batch_tokens) - losses_one_by_one(model, items, 96)
+    ).abs().max() < 1e-4
 
 
 def test_an_ending_longer_than_the_model_is_scored_on_its_last_tokens():
@@ -88,7 +92,9 @@ def test_an_ending_longer_than_the_model_is_scored_on_its_last_tokens():
 
 
 def test_four_endings_share_one_row_and_their_last_tokens_are_left_out():
-    (row,) = make_rows([Item([1, 2, 3], [[4, 5], [6], [7, 8, 9], [4]])], block_size=None, share=True)
+    (row,) = make_rows(
+        [Item([1, 2, 3], [[4, 5], [6], [7, 8, 9], [4]])], block_size=None, share=True
+    )
     batch = collate([row], width_multiple=4)
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 7, 8, 0, 0]]
     assert batch.positions[0, :6].tolist() == [0, 1, 2, 3, 3, 4]
@@ -120,7 +126,9 @@ def test_rows_stay_within_the_block_and_batches_within_the_budget():
     assert [len(batch) * max(row.length for row in batch) <= 256 for batch in batches]
     assert sum(len(batch) for batch in batches) == len(rows)
     positions = sum(len(batch) * batch[0].length for batch in batches)
-    assert positions < 1.02 * sum(row.length for row in rows), "rows of different length share batches"
+    assert positions < 1.02 * sum(row.length for row in rows), (
+        "rows of different length share batches"
+    )
 
 
 def test_equal_endings_get_equal_losses_without_being_computed_twice():
@@ -162,16 +170,19 @@ class Tuple(nn.Module):
         return self.model(x)
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda model: lambda x: model(x)[0], Tuple, lambda model: transformers_gpt2("sdpa").forward
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda model: lambda x: model(x)[0], Tuple, lambda model: transformers_gpt2("sdpa").forward],
+)
 def test_anything_that_maps_tokens_to_logits_can_be_scored(wrap):
     items = random_items(20)
     model = wrap(small_gpt())
 
     def logits(x):
         out = model(x)
-        return (out if isinstance(out, torch.Tensor) else out[0],)  # a ModelOutput's first is its logits
+        return (
+            out if isinstance(out, torch.Tensor) else out[0],
+        )  # a ModelOutput's first is its logits
 
     assert not take_apart(model).packs
     assert (losses_of(model, items) - losses_one_by_one(logits, items, 96)).abs().max() < 1e-4

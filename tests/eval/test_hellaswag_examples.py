@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import download, examples
-from pretrain.examples import (
+from pretrain.eval import hellaswag as examples
+from pretrain.eval.hellaswag import (
     DataUnavailable,
     HellaSwagError,
     data_sha256,
@@ -18,26 +18,43 @@ from pretrain.examples import (
     load_examples,
     prompt,
 )
-from pretrain.source import Patience
-from pretrain.tokenizer import END_OF_TEXT, load_encoding
+from pretrain.text import download
+from pretrain.text.source import Patience
+from pretrain.tokens.tokenizer import END_OF_TEXT, load_encoding
 
-ITEMS = Path(__file__).parent / "data" / "hellaswag_items.jsonl"
+ITEMS = Path(__file__).parents[1] / "data" / "hellaswag_items.jsonl"
 ENCODING = load_encoding()
 GOOD = {
-    "ind": 7, "activity_label": "Kite",
-    "ctx_a": "A boy runs.", "ctx_b": "the kite", "ctx": "A boy runs. the kite",
-    "endings": ["rises.", "barks.", "melts.", "votes."], "label": 0,
-}  # fmt: skip
+    "ind": 7,
+    "activity_label": "Kite",
+    "ctx_a": "A boy runs.",
+    "ctx_b": "the kite",
+    "ctx": "A boy runs. the kite",
+    "endings": ["rises.", "barks.", "melts.", "votes."],
+    "label": 0,
+}
 
 
 def write(path, *lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    )
     return path
 
 
 def test_the_bundled_items_are_in_hellaswags_format():
     lines = [json.loads(line) for line in ITEMS.read_text().splitlines()]
-    keys = ["ind", "activity_label", "ctx_a", "ctx_b", "ctx", "split", "split_type", "label", "endings"]
+    keys = [
+        "ind",
+        "activity_label",
+        "ctx_a",
+        "ctx_b",
+        "ctx",
+        "split",
+        "split_type",
+        "label",
+        "endings",
+    ]
     assert len(lines) >= 12
     for line in lines:
         assert list(line) == [*keys, "source_id"]
@@ -49,9 +66,12 @@ def test_the_bundled_items_are_in_hellaswags_format():
 
 @pytest.mark.parametrize("choose", [min, max])
 def test_the_bundled_items_are_not_given_away_by_the_length_of_their_endings(choose):
-    """A loss summed over the tokens favours short endings: of a random model that should be chance."""
+    """A loss summed over the tokens favours short endings: of a random model that should be
+    chance."""
     items = [json.loads(line) for line in ITEMS.read_text().splitlines()]
-    found = sum(len(item["endings"][item["label"]]) == choose(map(len, item["endings"])) for item in items)
+    found = sum(
+        len(item["endings"][item["label"]]) == choose(map(len, item["endings"])) for item in items
+    )
     assert found <= 0.4 * len(items)
 
 
@@ -70,7 +90,10 @@ def test_labels_may_be_numbers_or_strings_and_blank_lines_do_not_count(tmp_path)
         ({**GOOD, "endings": "abcd"}, "four strings"),
         ({**GOOD, "endings": ["a", "b", "c", None]}, "four strings"),
         ({k: v for k, v in GOOD.items() if k != "ctx"}, "ctx must be a string"),
-        ({k: v for k, v in GOOD.items() if k != "activity_label"}, "activity_label must be a string"),
+        (
+            {k: v for k, v in GOOD.items() if k != "activity_label"},
+            "activity_label must be a string",
+        ),
         ({k: v for k, v in GOOD.items() if k != "ctx_b"}, "ctx_a and ctx_b"),
         ({**GOOD, "label": 4}, "label must be 0, 1, 2 or 3, got 4"),
         ({**GOOD, "label": True}, "label must be"),
@@ -90,9 +113,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "empty.jsonl").write_bytes(b"\n")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode())[:-12])
     for name, message in [
-        ("latin.jsonl", "line 1: not UTF-8"), ("empty.jsonl", "no examples"),
-        ("cut.jsonl.gz", "end-of-stream"), ("missing.jsonl", "No such file"), (".", "Is a directory"),
-    ]:  # fmt: skip
+        ("latin.jsonl", "line 1: not UTF-8"),
+        ("empty.jsonl", "no examples"),
+        ("cut.jsonl.gz", "end-of-stream"),
+        ("missing.jsonl", "No such file"),
+        (".", "Is a directory"),
+    ]:
         with pytest.raises(HellaSwagError, match=message) as error:
             load_examples(tmp_path / name)
         assert str(tmp_path) in str(error.value)
@@ -102,7 +128,9 @@ def test_a_compressed_file_is_the_same_file(tmp_path):
     packed = tmp_path / "items.gz"
     packed.write_bytes(gzip.compress(ITEMS.read_bytes()))
     assert load_examples(packed) == load_examples(ITEMS)
-    assert data_sha256(packed) == data_sha256(ITEMS) == hashlib.sha256(ITEMS.read_bytes()).hexdigest()
+    assert (
+        data_sha256(packed) == data_sha256(ITEMS) == hashlib.sha256(ITEMS.read_bytes()).hexdigest()
+    )
 
 
 def test_a_limit_takes_a_random_choice_that_contains_those_of_smaller_limits():
@@ -121,7 +149,10 @@ def example(**changes):
 
 def test_completion_style_takes_the_texts_as_they_are():
     marked = example(ctx="[header] Kites [title] Run. ", endings=("[step] a", " b", "c  d", ""))
-    assert prompt(marked, "completion") == ("[header] Kites [title] Run. ", ["[step] a", " b", "c  d", ""])
+    assert prompt(marked, "completion") == (
+        "[header] Kites [title] Run. ",
+        ["[step] a", " b", "c  d", ""],
+    )
 
 
 def test_lm_eval_style_makes_the_harness_texts():
@@ -140,7 +171,9 @@ def test_lm_eval_style_makes_the_harness_texts():
 
 
 def test_lm_eval_style_takes_a_file_without_ctx_a_as_preprocessed():
-    whole = example(ctx_a=None, ctx_b=None, ctx="A boy [runs]. the kite", endings=("a", "b", "[c]", "d"))
+    whole = example(
+        ctx_a=None, ctx_b=None, ctx="A boy [runs]. the kite", endings=("a", "b", "[c]", "d")
+    )
     assert prompt(whole, "lm-eval") == ("Kite: A boy [runs]. the kite", ["a", "b", "[c]", "d"])
 
 
@@ -170,7 +203,9 @@ def test_lm_eval_style_tokenizes_together_and_counts_characters():
 def test_empty_texts_still_have_tokens_to_predict_and_to_predict_from(style):
     empty = example(ctx="", ctx_a=None, ctx_b=None, activity_label="", endings=("", "a", "b", "c"))
     item, _ = encode(empty, style, ENCODING)
-    assert item.context == ([END_OF_TEXT] if style == "completion" else ENCODING.encode_ordinary(":"))
+    assert item.context == (
+        [END_OF_TEXT] if style == "completion" else ENCODING.encode_ordinary(":")
+    )
     assert all(item.endings)
 
 
@@ -182,20 +217,26 @@ def test_texts_with_special_tokens_in_them_are_plain_text():
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
     monkeypatch.setattr(examples, "URL", "http://127.0.0.1:9/hellaswag_{split}.jsonl")
-    monkeypatch.setattr(download, "PATIENCE", Patience(give_up_seconds=0.3, first_wait_seconds=0.05))
+    monkeypatch.setattr(
+        download, "PATIENCE", Patience(give_up_seconds=0.3, first_wait_seconds=0.05)
+    )
     monkeypatch.setenv("HELLASWAG_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 def test_no_file_and_no_network_is_an_error_of_its_own(offline):
-    with pytest.raises(DataUnavailable, match=r"no .*hellaswag_val.jsonl, and it cannot be downloaded: http"):
+    with pytest.raises(
+        DataUnavailable, match=r"no .*hellaswag_val.jsonl, and it cannot be downloaded: http"
+    ):
         ensure_data()
     assert issubclass(DataUnavailable, HellaSwagError)
 
 
 def test_the_published_file_is_used_without_network_and_no_other_in_its_place(offline, monkeypatch):
     content = ITEMS.read_bytes()
-    monkeypatch.setitem(examples.PUBLISHED_FILES, "val", (len(content), hashlib.sha256(content).hexdigest()))
+    monkeypatch.setitem(
+        examples.PUBLISHED_FILES, "val", (len(content), hashlib.sha256(content).hexdigest())
+    )
     offline.mkdir()
     (offline / "hellaswag_val.jsonl").write_bytes(content)
     assert ensure_data() == offline / "hellaswag_val.jsonl"

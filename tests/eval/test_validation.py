@@ -5,17 +5,19 @@ import pytest
 import torch
 
 from pretrain.distributed import Ranks
-from pretrain.loader import TokenWindows
-from pretrain.validation import evaluate, first, padded_batch, spread
+from pretrain.eval.validation import evaluate, first, padded_batch, spread
+from pretrain.train.loader import TokenWindows
 
 
 class Bigram(torch.nn.Module):
-    """Scores by a table, as GPT.score does: sums of losses and of right predictions over targets not
-    negative."""
+    """Scores by a table, as GPT.score does: sums of losses and of right predictions over targets
+    not negative."""
 
     def __init__(self):
         super().__init__()
-        self.table = torch.nn.Parameter(torch.randn(50, 50, generator=torch.Generator().manual_seed(0)))
+        self.table = torch.nn.Parameter(
+            torch.randn(50, 50, generator=torch.Generator().manual_seed(0))
+        )
         self.shapes, self.modes = set(), set()
 
     def score(self, x, y):
@@ -35,7 +37,10 @@ class Pretended(Ranks):
 
 @pytest.fixture
 def windows(tmp_path):
-    np.save(tmp_path / "t_val_000000.npy", np.random.default_rng(0).integers(0, 50, 403).astype(np.uint16))
+    np.save(
+        tmp_path / "t_val_000000.npy",
+        np.random.default_rng(0).integers(0, 50, 403).astype(np.uint16),
+    )
     return TokenWindows([tmp_path / "t_val_000000.npy"], block_size=8)
 
 
@@ -51,27 +56,46 @@ def test_the_numbers_are_those_of_a_plain_loop_for_any_number_of_ranks_and_any_b
     for world_size in (1, 2, 3, 30):
         for batch_size in (1, 4, 23):
             parts = [
-                evaluate(model, {"val": (windows, numbers)}, batch_size=batch_size, autocast=nullcontext(),
-                         ranks=Pretended(rank, world_size, torch.device("cpu")))["val"]
+                evaluate(
+                    model,
+                    {"val": (windows, numbers)},
+                    batch_size=batch_size,
+                    autocast=nullcontext(),
+                    ranks=Pretended(rank, world_size, torch.device("cpu")),
+                )["val"]
                 for rank in range(world_size)
-            ]  # fmt: skip
+            ]
             tokens = [part["tokens"] for part in parts]
             assert sum(tokens) == 23 * 8 and max(tokens) - min(tokens) <= 8
             loss = sum(part["loss"] * part["tokens"] for part in parts) / sum(tokens)
             accuracy = sum(part["accuracy"] * part["tokens"] for part in parts) / sum(tokens)
-            assert loss == pytest.approx(losses.mean().item(), abs=1e-6) and accuracy == pytest.approx(right)
+            assert loss == pytest.approx(
+                losses.mean().item(), abs=1e-6
+            ) and accuracy == pytest.approx(right)
 
 
 def test_all_batches_have_one_shape_and_the_model_is_in_eval_mode_meanwhile(windows):
     model = Bigram().train()
     alone = Ranks(0, 1, torch.device("cpu"))
-    evaluate(model, {"val": (windows, first(windows, 10))}, batch_size=4, autocast=nullcontext(), ranks=alone)
+    evaluate(
+        model,
+        {"val": (windows, first(windows, 10))},
+        batch_size=4,
+        autocast=nullcontext(),
+        ranks=alone,
+    )
     assert model.shapes == {(4, 8)} and model.modes == {False} and model.training
 
 
 def test_windows_are_the_first_or_evenly_spread_and_never_more_than_there_are(windows):
     assert len(windows) == 50
-    assert first(windows, 3).tolist() == [0, 1, 2] and spread(windows, 5).tolist() == [0, 10, 20, 30, 40]
+    assert first(windows, 3).tolist() == [0, 1, 2] and spread(windows, 5).tolist() == [
+        0,
+        10,
+        20,
+        30,
+        40,
+    ]
     assert first(windows, 999).tolist() == spread(windows, 999).tolist() == list(range(50))
 
 
@@ -89,6 +113,12 @@ def test_an_interruption_leaves_the_rest_out(windows):
         return len(calls) > 2
 
     alone = Ranks(0, 1, torch.device("cpu"))
-    scores = evaluate(model, {"val": (windows, first(windows, 40))}, batch_size=4, autocast=nullcontext(),
-                      ranks=alone, interrupted=interrupted)  # fmt: skip
+    scores = evaluate(
+        model,
+        {"val": (windows, first(windows, 40))},
+        batch_size=4,
+        autocast=nullcontext(),
+        ranks=alone,
+        interrupted=interrupted,
+    )
     assert scores["val"]["tokens"] == 2 * 4 * 8

@@ -11,13 +11,15 @@ from pretrain.report import findings
 from pretrain.report.findings import find, noise
 from pretrain.report.runs import Run
 from pretrain.report.spikes import RECENT, WINDOW, find_spikes
-from pretrain.settings import build_parser
+from pretrain.train.settings import build_parser
 
 
 @pytest.fixture
 def titles(tmp_path):
     """Records -> the titles of what is found in them."""
-    return lambda records: [finding.title for finding in find(Run.load(write_run(tmp_path, records)))]
+    return lambda records: [
+        finding.title for finding in find(Run.load(write_run(tmp_path, records)))
+    ]
 
 
 @pytest.fixture
@@ -61,7 +63,9 @@ def test_heavy_tails_uneven_speed_and_restless_gradients_are_no_fault(titles, se
     rng = np.random.default_rng(seed)
     records = healthy_run(600, seed=seed)
     records = change(records, "train", "loss", lambda step, loss: loss + 0.05 * rng.standard_t(5))
-    records = change(records, "train", "tokens_per_second", lambda step, _: 5e4 * (1 + 0.2 * rng.random()))
+    records = change(
+        records, "train", "tokens_per_second", lambda step, _: 5e4 * (1 + 0.2 * rng.random())
+    )
     records = change(records, "train", "grad_norm", lambda step, norm: norm * rng.lognormal(0, 0.6))
     assert titles(records) == []
 
@@ -76,7 +80,9 @@ def test_every_part_of_a_healthy_run_is_healthy_while_it_goes_on(titles):
 
 
 def overfit(records, by):
-    return change(records, "eval", "val_loss", lambda step, loss: loss + by * max(0, step - 1000) / 1000)
+    return change(
+        records, "eval", "val_loss", lambda step, loss: loss + by * max(0, step - 1000) / 1000
+    )
 
 
 def test_validation_loss_that_rises_while_training_loss_falls_is_found(only):
@@ -84,7 +90,9 @@ def test_validation_loss_that_rises_while_training_loss_falls_is_found(only):
     finding = only(records)
     vals = {record["step"]: record["val_loss"] for record in of(records, "eval")}
     best = min(vals, key=vals.get)
-    assert finding.title == "Validation loss rises while training loss falls" and finding.step == best
+    assert (
+        finding.title == "Validation loss rises while training loss falls" and finding.step == best
+    )
     for value in (vals[best], vals[2000]):
         assert f"{value:.4f}" in finding.text
     assert f"best_val_loss.pt is from step {best:,}" in finding.advice
@@ -100,7 +108,9 @@ def test_the_logged_training_loss_stands_in_where_evaluations_lack_it(titles):
 def test_a_validation_loss_that_wavers_is_not_overfitting(titles):
     rng = np.random.default_rng(1)
     for _ in range(10):
-        shaky = change(healthy_run(evals=20), "eval", "val_loss", lambda step, v: v + 0.03 * rng.normal())
+        shaky = change(
+            healthy_run(evals=20), "eval", "val_loss", lambda step, v: v + 0.03 * rng.normal()
+        )
         assert titles(shaky) == []
     last_is_worse = healthy_run()
     of(last_is_worse, "eval")[-1]["val_loss"] += 0.3
@@ -138,9 +148,14 @@ def test_a_spike_during_warm_up_is_found_after_ten_lines(only):
 
 def test_several_spikes_are_one_finding_that_lists_them(only):
     heights = {600: 2.0, 1200: 3.0, 1800: 2.5}
-    finding = only(change(healthy_run(), "train", "loss", lambda step, loss: loss + heights.get(step, 0)))
+    finding = only(
+        change(healthy_run(), "train", "loss", lambda step, loss: loss + heights.get(step, 0))
+    )
     assert finding.title == "Loss spikes" and finding.step == 600
-    assert "At step 1,200" in finding.text and "highest of 3, at steps 600, 1,200, 1,800" in finding.text
+    assert (
+        "At step 1,200" in finding.text
+        and "highest of 3, at steps 600, 1,200, 1,800" in finding.text
+    )
 
 
 def test_a_spike_that_stays_is_said_to_stay(tmp_path):
@@ -156,7 +171,9 @@ def test_a_spike_at_the_end_is_left_open(only):
 
 
 def test_noise_of_the_size_of_the_jump_hides_it(titles):
-    records = change(healthy_run(noise=0.5), "train", "loss", lambda step, loss: loss + 1.0 * (step == 1200))
+    records = change(
+        healthy_run(noise=0.5), "train", "loss", lambda step, loss: loss + 1.0 * (step == 1200)
+    )
     assert titles(records) == []
 
 
@@ -176,7 +193,9 @@ def test_the_median_before_is_right_beyond_the_first_part():
 @pytest.mark.parametrize("level", [10.9, 7.4])
 def test_a_loss_that_never_moves_is_found(only, level):
     rng = np.random.default_rng(0)
-    stuck = change(healthy_run(evals=0), "train", "loss", lambda step, _: level + 0.05 * rng.normal())
+    stuck = change(
+        healthy_run(evals=0), "train", "loss", lambda step, _: level + 0.05 * rng.normal()
+    )
     finding = only(stuck)
     assert finding.title == "Loss does not move" and finding.step == 10
     assert f"{level:.1f}"[:3] in finding.text and "learning rate of 6." in finding.text
@@ -194,15 +213,24 @@ def test_a_loss_that_stops_moving_half_way_is_found(only):
 
 def test_a_loss_may_stand_still_during_warm_up_and_once_it_is_near_zero(titles):
     rng = np.random.default_rng(0)
-    warming = change(healthy_run(evals=0), "train", "loss", lambda step, _: 10.9 + 0.03 * rng.normal())
+    warming = change(
+        healthy_run(evals=0), "train", "loss", lambda step, _: 10.9 + 0.03 * rng.normal()
+    )
     assert titles(change(warming, "train", "learning_rate", lambda step, _: 1e-7 * step)) == []
-    memorised = change(healthy_run(evals=0), "train", "loss", lambda step, _: 0.05 + 9 * math.exp(-step / 50))
+    memorised = change(
+        healthy_run(evals=0), "train", "loss", lambda step, _: 0.05 + 9 * math.exp(-step / 50)
+    )
     assert titles(memorised) == []
 
 
 def test_a_log_too_noisy_to_tell_is_not_called_stuck(titles):
     rng = np.random.default_rng(0)
-    assert titles(change(healthy_run(evals=0), "train", "loss", lambda step, _: 4 + 0.5 * rng.normal())) == []
+    assert (
+        titles(
+            change(healthy_run(evals=0), "train", "loss", lambda step, _: 4 + 0.5 * rng.normal())
+        )
+        == []
+    )
 
 
 # ---- gradient norm
@@ -227,7 +255,9 @@ def test_a_gradient_norm_that_keeps_growing_is_found(only):
     ids=["slowly", "a hill", "the end"],
 )
 def test_gradient_norms_that_drift_or_pass_over_a_hill_are_no_finding(titles, factor):
-    records = change(healthy_run(400), "train", "grad_norm", lambda step, norm: norm * factor(step / 4000))
+    records = change(
+        healthy_run(400), "train", "grad_norm", lambda step, norm: norm * factor(step / 4000)
+    )
     assert titles(records) == []
 
 
@@ -236,15 +266,24 @@ def test_gradient_norms_that_drift_or_pass_over_a_hill_are_no_finding(titles, fa
 
 def test_throughput_that_drops_for_good_is_found(only):
     finding = only(
-        change(healthy_run(), "train", "tokens_per_second", lambda s, v: v * (0.6 if s > 1500 else 1))
+        change(
+            healthy_run(), "train", "tokens_per_second", lambda s, v: v * (0.6 if s > 1500 else 1)
+        )
     )
     assert finding.title == "Throughput drops" and finding.step == pytest.approx(1510, abs=20)
-    assert "From step 1,5" in finding.text and " on it is " in finding.text and "-40%" in finding.text
+    assert (
+        "From step 1,5" in finding.text and " on it is " in finding.text and "-40%" in finding.text
+    )
 
 
 def test_throughput_that_drops_for_a_while_is_found_with_its_end(only):
     finding = only(
-        change(healthy_run(), "train", "tokens_per_second", lambda s, v: v * (0.5 if 800 < s <= 1200 else 1))
+        change(
+            healthy_run(),
+            "train",
+            "tokens_per_second",
+            lambda s, v: v * (0.5 if 800 < s <= 1200 else 1),
+        )
     )
     assert "to step 1,2" in finding.text
 
@@ -254,7 +293,9 @@ def test_slow_first_steps_single_stalls_and_a_smaller_machine_are_no_drop(titles
         return speed * (0.1 if step <= 20 or step % 370 == 0 else 1)
 
     assert titles(change(healthy_run(), "train", "tokens_per_second", slow)) == []
-    records = change(healthy_run(), "train", "tokens_per_second", lambda s, v: v * (0.5 if s > 1000 else 1))
+    records = change(
+        healthy_run(), "train", "tokens_per_second", lambda s, v: v * (0.5 if s > 1000 else 1)
+    )
     middle = next(i for i, record in enumerate(records) if record["step"] > 1000)
     resumed = {"event": "start", "time": T0 + 1000, "step": 1000, "processes": 1}
     assert titles([*records[:middle], resumed, *records[middle:]]) == []
@@ -265,10 +306,17 @@ def test_slow_first_steps_single_stalls_and_a_smaller_machine_are_no_drop(titles
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_is_found(titles, only, value):
-    records = change(healthy_run(), "train", "loss", lambda step, loss: value if step >= 1500 else loss)
+    records = change(
+        healthy_run(), "train", "loss", lambda step, loss: value if step >= 1500 else loss
+    )
     finding = only(records)
-    assert (finding.title, finding.step) == ("Loss not finite", 1500) and f"loss {value}" in finding.text
-    skipped = change(healthy_run(), "train", "grad_norm", lambda step, norm: "inf" if step == 500 else norm)
+    assert (finding.title, finding.step) == (
+        "Loss not finite",
+        1500,
+    ) and f"loss {value}" in finding.text
+    skipped = change(
+        healthy_run(), "train", "grad_norm", lambda step, norm: "inf" if step == 500 else norm
+    )
     assert titles(skipped) == [], "float16 skips such a step"
 
 
@@ -281,7 +329,9 @@ def test_a_run_that_stopped_itself_is_found_though_no_line_shows_it(only):
 def test_findings_come_in_the_order_of_their_steps(tmp_path):
     records = overfit(healthy_run(), by=1.0)
     records = change(records, "train", "loss", lambda step, loss: loss + 3 * (step == 1900))
-    records = change(records, "train", "tokens_per_second", lambda s, v: v * (0.5 if 500 < s < 900 else 1))
+    records = change(
+        records, "train", "tokens_per_second", lambda s, v: v * (0.5 if 500 < s < 900 else 1)
+    )
     steps = [finding.step for finding in find(Run.load(write_run(tmp_path, records)))]
     assert len(steps) == 3 and steps == sorted(steps)
 

@@ -19,16 +19,19 @@ from pretrain.report.page import duration
 from pretrain.report.plots import plots
 from pretrain.report.runs import Run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 T0 = 1_700_000_000.0  # seconds since 1970
 
 
 def healthy_run(points=200, *, interval=10, noise=0.05, seed=0, evals=10):
-    """Records of a run as it should be: loss a noisy power law, a warm-up, a gradient norm that settles."""
+    """Records of a run as it should be: loss a noisy power law, a warm-up, a gradient norm that
+    settles."""
     rng = np.random.default_rng(seed)
     last = points * interval
     trend = lambda step: 2.7 + 8.2 * (1 + step / (0.01 * last)) ** -0.6  # noqa: E731
-    records = [{"event": "start", "time": T0, "step": 0, "flags": {"max_iters": last, "grad_clip": 1.0}}]
+    records = [
+        {"event": "start", "time": T0, "step": 0, "flags": {"max_iters": last, "grad_clip": 1.0}}
+    ]
     for i in range(1, points + 1):
         step, part = i * interval, i / points
         rate = 6e-4 * min(1, part / 0.05) * (0.55 + 0.45 * math.cos(math.pi * part))
@@ -46,7 +49,9 @@ def healthy_run(points=200, *, interval=10, noise=0.05, seed=0, evals=10):
         if evals and step % (last // evals) == 0:
             val = trend(step) + 0.03 + 0.004 * rng.standard_normal()
             values = {"val_loss": val, "train_loss": trend(step), "perplexity": math.exp(val)}
-            records.append({"event": "eval", "time": T0 + i + 0.5, "step": step, "accuracy": 0.3, **values})
+            records.append(
+                {"event": "eval", "time": T0 + i + 0.5, "step": step, "accuracy": 0.3, **values}
+            )
     return records
 
 
@@ -67,12 +72,21 @@ def full_run(tmp_path_factory):
     """A run with everything in it, HTML in every text among it, and its page."""
     records = healthy_run()
     for i, record in enumerate(of(records, "eval")):
-        record["hellaswag"] = {"style": "completion", "acc_norm": 0.25 + 0.004 * i, "acc": 0.25, "n": 10042}
+        record["hellaswag"] = {
+            "style": "completion",
+            "acc_norm": 0.25 + 0.004 * i,
+            "acc": 0.25,
+            "n": 10042,
+        }
         text = f"Once & again <script>alert({i})</script> the mill\nturned."
-        records.append({"event": "sample", "step": record["step"], "prompt": "Once &", "text": text})
+        records.append(
+            {"event": "sample", "step": record["step"], "prompt": "Once &", "text": text}
+        )
     records.append({"event": "stop", "time": T0 + 300, "step": 2000, "reason": "finished"})
     folder = tmp_path_factory.mktemp("runs") / "<img src=x onerror=alert(1)>"
-    write_run(folder, records, flags={"data_dir": "<b>data</b>", "max_iters": 2000, "grad_clip": 1.0})
+    write_run(
+        folder, records, flags={"data_dir": "<b>data</b>", "max_iters": 2000, "grad_clip": 1.0}
+    )
     assert report.main([str(folder)]) == 0
     return folder
 
@@ -117,14 +131,24 @@ def test_what_comes_from_the_log_is_text_and_never_markup(full_run):
     text = (full_run / "report.html").read_text()
     assert "<script" not in text and "<b>data</b>" not in text and "<img src=x" not in text
     page = Elements(text)
-    assert page.text.count("<script>alert(9)</script>") == 2, "in the sample and in the line above it"
+    assert page.text.count("<script>alert(9)</script>") == 2, (
+        "in the sample and in the line above it"
+    )
     assert "<b>data</b>" in page.text and "<img src=x onerror=alert(1)>" in page.text
     assert "default-src 'none'" in text
 
 
 def test_every_curve_is_a_png_beside_the_page(full_run):
     names = {path.name for path in full_run.glob("report-*.png")}
-    kinds = ["loss", "loss-tokens", "perplexity", "accuracy", "learning-rate", "gradient-norm", "throughput"]
+    kinds = [
+        "loss",
+        "loss-tokens",
+        "perplexity",
+        "accuracy",
+        "learning-rate",
+        "gradient-norm",
+        "throughput",
+    ]
     assert names == {f"report-{kind}.png" for kind in [*kinds, "mfu", "hellaswag-completion"]}
     for name in names:
         with Image.open(full_run / name) as image:
@@ -134,7 +158,13 @@ def test_every_curve_is_a_png_beside_the_page(full_run):
 
 def test_headings_figures_samples_and_settings_are_on_the_page(full_run):
     text = Elements((full_run / "report.html").read_text()).text
-    for heading in ("What looks wrong", "Curves", "Samples", "Configuration", "HellaSwag, completion style"):
+    for heading in (
+        "What looks wrong",
+        "Curves",
+        "Samples",
+        "Configuration",
+        "HellaSwag, completion style",
+    ):
         assert heading in text
     val = [record["val_loss"] for record in of(healthy_run(), "eval")]
     assert f"{min(val):.4f}" in text and f"{math.exp(min(val)):.2f}" in text
@@ -184,14 +214,20 @@ def test_hellaswag_is_drawn_with_the_published_values_of_its_style(tmp_path):
 
 def test_several_runs_lie_over_each_other(tmp_path, capsys):
     first = write_run(tmp_path / "a" / "$x_1$", healthy_run(60, seed=1), learning_rate=6e-4, seed=7)
-    second = write_run(tmp_path / "b" / "_second", healthy_run(90, seed=2), learning_rate=3e-4, seed=7)
-    third = write_run(tmp_path / "c" / "_second", healthy_run(5, seed=3, evals=5), learning_rate=3e-4, seed=7)
+    second = write_run(
+        tmp_path / "b" / "_second", healthy_run(90, seed=2), learning_rate=3e-4, seed=7
+    )
+    third = write_run(
+        tmp_path / "c" / "_second", healthy_run(5, seed=3, evals=5), learning_rate=3e-4, seed=7
+    )
     folders = [first, second, third]
     output = tmp_path / "new" / "compare.html"
     assert report.main([*map(str, folders), "--output", str(output)]) == 0
     assert str(output) in capsys.readouterr().out and (output.parent / "compare-loss.png").exists()
     text = Elements(output.read_text()).text
-    assert "$x_1$" in text and str(second) in text and str(third) in text, "equal names get their paths"
+    assert "$x_1$" in text and str(second) in text and str(third) in text, (
+        "equal names get their paths"
+    )
     (differs,) = re.findall(r'<tr class="differs">.*?</tr>', output.read_text())
     assert "learning_rate" in differs and "0.0006" in differs and "0.0003" in differs
     runs = [Run.load(folder) for folder in folders]
@@ -220,7 +256,14 @@ def test_unknown_events_fields_and_broken_values_are_passed_over(tmp_path):
         {"event": "weather", "step": "many", "sun": [1, 2]},
         {"event": "train"},
         {"event": "train", "step": None, "loss": 1.0},
-        {"event": "train", "step": 15, "loss": None, "grad_norm": "?", "tokens": {}, "learning_rate": True},
+        {
+            "event": "train",
+            "step": 15,
+            "loss": None,
+            "grad_norm": "?",
+            "tokens": {},
+            "learning_rate": True,
+        },
         {"event": "eval", "step": 15, "val_loss": [3], "hellaswag": 7},
         {"event": "eval", "step": 16, "hellaswag": {"acc_norm": "nan"}},
         {"event": "sample", "step": 15, "texts": ["one", 2], "prompt": None},
@@ -236,7 +279,11 @@ def test_unknown_events_fields_and_broken_values_are_passed_over(tmp_path):
 
 @pytest.mark.parametrize(
     "content, message",
-    [(None, "no metrics.jsonl there"), (b"", "no readable line"), (b'{"event": "tr', "no readable line")],
+    [
+        (None, "no metrics.jsonl there"),
+        (b"", "no readable line"),
+        (b'{"event": "tr', "no readable line"),
+    ],
 )
 def test_a_folder_without_a_log_is_one_clear_line(tmp_path, capsys, content, message):
     if content is not None:
@@ -265,7 +312,9 @@ def test_the_command_needs_no_display_and_no_torch(tmp_path):
     )
     env = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "MPLBACKEND": "TkAgg"}
     command = [sys.executable, "-c", code, str(folder / "metrics.jsonl")]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert (folder / "report.html").exists()
 
@@ -301,7 +350,13 @@ def test_a_thinned_curve_keeps_its_spikes():
 
 @pytest.mark.parametrize(
     "seconds, text",
-    [(0, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (18_720, "5 h 12 min"), (4 * 19 * 3600, "3 d 4 h")],
+    [
+        (0, "0 s"),
+        (59.4, "59 s"),
+        (200, "3 min 20 s"),
+        (18_720, "5 h 12 min"),
+        (4 * 19 * 3600, "3 d 4 h"),
+    ],
 )
 def test_durations_read_as_people_say_them(seconds, text):
     assert duration(seconds) == text

@@ -1,4 +1,5 @@
-"""The report as a browser shows it: headless Chromium, steered by a pipe; skipped where there is none."""
+"""The report as a browser shows it: headless Chromium, steered by a pipe; skipped where there is
+none."""
 
 import base64
 import json
@@ -17,7 +18,9 @@ from test_report import healthy_run, write_run
 from pretrain.report import __main__ as report
 from pretrain.report.drawing import COLORS
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 FLAGS = (
     "--headless",
     "--remote-debugging-pipe",
@@ -36,12 +39,14 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 
 class Browser:
-    """One page of a headless browser. It reads JSON messages, each ended by a zero byte, on descriptor 3 and
-    writes its own on descriptor 4."""
+    """One page of a headless browser. It reads JSON messages, each ended by a zero byte, on
+    descriptor 3 and writes its own on descriptor 4."""
 
     def __init__(self, folder):
         low = [*os.pipe(), *os.pipe()]
-        high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in low]  # so that 3 and 4 are free
+        high = [
+            fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in low
+        ]  # so that 3 and 4 are free
         for end in low:
             os.close(end)
         theirs_in, self._out, self._in, theirs_out = high
@@ -56,7 +61,9 @@ class Browser:
             (os.POSIX_SPAWN_DUP2, theirs_out, 4),
         ]
         command = [CHROMIUM, *flags, "about:blank"]
-        self._pid = os.posix_spawn(CHROMIUM, command, dict(os.environ), file_actions=actions, setpgroup=0)
+        self._pid = os.posix_spawn(
+            CHROMIUM, command, dict(os.environ), file_actions=actions, setpgroup=0
+        )
         os.close(theirs_in)
         os.close(theirs_out)
         self._received, self._number, self._session = b"", 0, None
@@ -64,7 +71,9 @@ class Browser:
 
     def open_page(self):
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
 
@@ -89,7 +98,9 @@ class Browser:
                     return message
             ready, _, _ = select.select([self._in], [], [], max(0, deadline - time.monotonic()))
             data = os.read(self._in, 1 << 20) if ready else b""
-            assert data, f"Chromium does not answer: {self._log.read_text(errors='replace')[-2000:]}"
+            assert data, (
+                f"Chromium does not answer: {self._log.read_text(errors='replace')[-2000:]}"
+            )
             self._received += data
 
     def show(self, page, *, width=1200, dark=False):
@@ -128,7 +139,10 @@ def browser(tmp_path_factory):
     browser = Browser(tmp_path_factory.mktemp("chromium"))
     try:
         browser.open_page()
-    except (AssertionError, BrokenPipeError) as error:  # no sandbox for this user, a library missing
+    except (
+        AssertionError,
+        BrokenPipeError,
+    ) as error:  # no sandbox for this user, a library missing
         browser.close()
         pytest.skip(str(error))
     yield browser
@@ -140,7 +154,9 @@ def page(tmp_path_factory):
     """The page of two runs, the second with a long name and a script in its sample."""
     folder = tmp_path_factory.mktemp("runs")
     records = healthy_run()
-    script = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
+    script = (
+        "<script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
+    )
     records.append({"event": "sample", "step": 2000, "prompt": "The", "text": f"The {script} mill"})
     runs = [
         write_run(folder / "a", healthy_run(400), seed=1),
@@ -155,15 +171,28 @@ def page(tmp_path_factory):
 def test_the_page_renders_whole_and_without_errors(browser, page, width, dark):
     browser.show(page, width=width, dark=dark)
     assert [entry["entry"] for entry in browser.saw("Log.entryAdded")] == []
-    assert browser.saw("Runtime.consoleAPICalled") == [] and browser.saw("Runtime.exceptionThrown") == []
+    assert (
+        browser.saw("Runtime.consoleAPICalled") == []
+        and browser.saw("Runtime.exceptionThrown") == []
+    )
     urls = {params["request"]["url"] for params in browser.saw("Network.requestWillBeSent")}
-    assert {url for url in urls if not url.startswith("data:")} == {page.as_uri()}, "nothing else is loaded"
-    images = browser.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth])")
-    assert len(images) == 8 and all(done and natural > 0 and shown > 300 for done, natural, shown in images)
-    headings = browser.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(h => h.innerText)")
+    assert {url for url in urls if not url.startswith("data:")} == {page.as_uri()}, (
+        "nothing else is loaded"
+    )
+    images = browser.evaluate(
+        "[...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth])"
+    )
+    assert len(images) == 8 and all(
+        done and natural > 0 and shown > 300 for done, natural, shown in images
+    )
+    headings = browser.evaluate(
+        "[...document.querySelectorAll('h1, h2, h3')].map(h => h.innerText)"
+    )
     sections = {"What looks wrong", "Curves", "Samples", "Configuration"}
     assert {"Training report", "Loss against steps", *sections} <= set(headings)
-    assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing sticks out"
+    assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
+        "nothing sticks out"
+    )
     assert browser.evaluate("document.title").startswith("Training report: ")
     assert browser.evaluate("document.querySelectorAll('script').length") == 0
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -185,5 +214,7 @@ def test_the_curves_are_visible_in_the_picture_that_the_browser_draws(browser, p
         assert picture.width == 1200 and picture.height > 2000
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     for color in COLORS[:2]:  # one per run
-        near = np.abs(pixels - list(bytes.fromhex(color[1:]))).max(axis=-1) < 16  # edges are mixed with white
+        near = (
+            np.abs(pixels - list(bytes.fromhex(color[1:]))).max(axis=-1) < 16
+        )  # edges are mixed with white
         assert near.sum() > 1000

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from pretrain import runlog
-from pretrain.runlog import RunLog, Stopwatch, eval_line, last_per_step, read_log, train_line
+from pretrain.report import runlog
+from pretrain.report.runlog import RunLog, Stopwatch, eval_line, last_per_step, read_log, train_line
 
 TRAIN = {
     "step": 10,
@@ -77,7 +77,9 @@ def test_lines_wait_while_the_disk_is_full_and_follow_later(tmp_path, monkeypatc
                 raise OSError(28, "No space left on device")
             return super().write(data[: room.pop(0)] if room else data)
 
-    monkeypatch.setattr(runlog, "open", lambda path, mode, buffering: FullDisk(path, mode), raising=False)
+    monkeypatch.setattr(
+        runlog, "open", lambda path, mode, buffering: FullDisk(path, mode), raising=False
+    )
     for step in (2, 3, 4):
         log.write("train", step=step)
     assert capsys.readouterr().err.count("No space left") == 1, "said once, not at every line"
@@ -102,14 +104,22 @@ def test_the_stopwatch_leaves_out_what_happens_while_it_is_paused(monkeypatch):
 
 def test_console_lines_have_one_width_whatever_the_numbers():
     small = train_line(TRAIN, 600_000)
-    large = train_line({**TRAIN, "step": 599_999, "loss": 10.98, "tokens_per_second": 1_234_567.0}, 600_000)
+    large = train_line(
+        {**TRAIN, "step": 599_999, "loss": 10.98, "tokens_per_second": 1_234_567.0}, 600_000
+    )
     assert len(small) == len(large) and "mfu" not in small
     assert "mfu 41.2%" in train_line({**TRAIN, "mfu": 0.412}, 600_000)
     assert "9.7000" in small and "123,457 tok/s" in small and "12.3 GB" in small
 
 
 def test_the_evaluation_line_shows_hellaswag_only_where_there_is_one():
-    record = {"step": 5, "val_loss": 3.29, "train_loss": 3.25, "perplexity": 26.87, "accuracy": 0.381}
+    record = {
+        "step": 5,
+        "val_loss": 3.29,
+        "train_loss": 3.25,
+        "perplexity": 26.87,
+        "accuracy": 0.381,
+    }
     assert "hellaswag" not in eval_line(record, 10)
     record["hellaswag"] = {"acc_norm": 0.2955, "n": 10042}
     assert "hellaswag 29.5% (10042)" in eval_line(record, 10)

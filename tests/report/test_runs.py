@@ -14,7 +14,11 @@ def test_steps_that_a_kill_undid_are_left_out(tmp_path):
     resumed = {"event": "start", "time": T0 + 5000, "step": 600}
     again = [record for record in healthy_run(100, seed=2, evals=0) if record.get("step", 0) > 600]
     again = [{**record, "time": record["time"] + 5000 - 60} for record in again]
-    records = [*first[:90], resumed, *again[:10]]  # killed at step 890, resumed from 600, now at 700
+    records = [
+        *first[:90],
+        resumed,
+        *again[:10],
+    ]  # killed at step 890, resumed from 600, now at 700
     run = Run.load(write_run(tmp_path, records))
     expected = {record["step"]: record["loss"] for record in first[1:61]}
     expected |= {record["step"]: record["loss"] for record in again[:10]}

@@ -1,4 +1,4 @@
-"""The conversions of pretrain.arrow against pyarrow's own."""
+"""The conversions of pretrain.text.arrow against pyarrow's own."""
 
 import numpy as np
 import pyarrow as pa
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain import arrow
+from pretrain.text import arrow
 
 TEXT_TYPES = [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()]
 
@@ -20,7 +20,9 @@ TEXT_TYPES = [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()]
     st.integers(0, 9),
 )
 def test_lengths_and_nulls_are_those_pyarrow_tells(texts, kind, start, stop):
-    array = pa.array([text if text is None else text.encode() for text in texts], pa.binary()).cast(kind)
+    array = pa.array([text if text is None else text.encode() for text in texts], pa.binary()).cast(
+        kind
+    )
     array = array[start : len(texts) - stop]
     assert arrow.valid(array).tolist() == array.is_valid().to_pylist()
     assert arrow.lengths(array).tolist() == pc.fill_null(pc.binary_length(array), 0).to_pylist()
@@ -45,7 +47,10 @@ def test_strings_and_a_selection_of_them_are_those_given(texts, data):
     assert array.type == pa.large_string() and array.to_pylist() == texts
     expected = [text for text, kept in zip(texts, keep, strict=True) if kept]
     assert arrow.select(array, np.array(keep, bool)).to_pylist() == expected
-    assert arrow.select(array[1:], np.array(keep[1:], bool)).to_pylist() == expected[keep[:1] == [True] :]
+    assert (
+        arrow.select(array[1:], np.array(keep[1:], bool)).to_pylist()
+        == expected[keep[:1] == [True] :]
+    )
 
 
 def test_strings_that_are_not_utf8_are_refused():

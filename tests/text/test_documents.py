@@ -1,4 +1,5 @@
-"""Documents of local files against plain loops: json.loads, a regular expression, pyarrow's to_pylist."""
+"""Documents of local files against plain loops: json.loads, a regular expression, pyarrow's
+to_pylist."""
 
 import dataclasses
 import gzip
@@ -18,13 +19,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pretrain import parquet, textfile
-from pretrain.documents import Position, SourceError, local_source, plan_units, read_unit
-from pretrain.estimate import estimate
+from pretrain.text.documents import Position, SourceError, local_source, plan_units, read_unit
+from pretrain.text.readers import parquet, textfile
+from pretrain.tokens.estimate import estimate
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ENDLESS = 1 << 40
-quick = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def rows_of(source, *, unit_bytes=ENDLESS, resume=None, **options):
@@ -37,7 +40,9 @@ def rows_of(source, *, unit_bytes=ENDLESS, resume=None, **options):
         for batch in read_unit(source, unit, skip_rows=skip, **options):
             batch.texts.validate(full=True)
             offsets = [None] * len(batch.texts) if batch.offsets is None else batch.offsets.tolist()
-            for r, offset, text in zip(batch.rows.tolist(), offsets, batch.texts.to_pylist(), strict=True):
+            for r, offset, text in zip(
+                batch.rows.tolist(), offsets, batch.texts.to_pylist(), strict=True
+            ):
                 found.append((unit.file, first + r, offset, text))
             row += batch.num_rows
         next_row[unit.file] = first + row
@@ -111,7 +116,9 @@ def parts_of_txt(text):
 
 @given(txt_files, st.integers(1, 40))
 @quick
-def test_text_documents_do_not_depend_on_where_units_and_reads_end(tmp_path, tiny_blocks, text, unit_bytes):
+def test_text_documents_do_not_depend_on_where_units_and_reads_end(
+    tmp_path, tiny_blocks, text, unit_bytes
+):
     source = local_source([write(tmp_path / "a.txt", text)])
     expected = [
         (0, row, offset, part)
@@ -124,7 +131,9 @@ def test_text_documents_do_not_depend_on_where_units_and_reads_end(tmp_path, tin
 @given(txt_files, st.integers(1, 40), st.data())
 @quick
 def test_text_documents_resume_at_any_of_them(tmp_path, tiny_blocks, text, unit_bytes, data):
-    source = local_source([write(tmp_path / "a.txt", text), write(tmp_path / "b.txt", text + "\nlast")])
+    source = local_source(
+        [write(tmp_path / "a.txt", text), write(tmp_path / "b.txt", text + "\nlast")]
+    )
     rows = rows_of(source)
     at = data.draw(st.integers(0, len(rows) - 1))
     file, row, offset, _ = rows[at]
@@ -155,7 +164,9 @@ def test_a_large_text_file_is_read_in_bounded_memory(tmp_path, monkeypatch):
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=6),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 TEXTS = st.text(max_size=8) | st.sampled_from(
@@ -169,20 +180,30 @@ def json_lines(draw, value=TEXTS):
     lines = []
     for _ in range(draw(st.integers(0, 6))):
         line = json.dumps(
-            {"id": draw(VALUES), "text": draw(value), "meta": draw(VALUES)}, ensure_ascii=draw(st.booleans())
+            {"id": draw(VALUES), "text": draw(value), "meta": draw(VALUES)},
+            ensure_ascii=draw(st.booleans()),
         )
         lines.append(line.encode("utf-8", "surrogatepass"))
-    odd = [b"", b"  \t", b'{"text": null}', b'{"text":"a","text":"b"}', b'{"text":"\\ud83d\\ude00\\/"}']
+    odd = [
+        b"",
+        b"  \t",
+        b'{"text": null}',
+        b'{"text":"a","text":"b"}',
+        b'{"text":"\\ud83d\\ude00\\/"}',
+    ]
     for _ in range(draw(st.integers(0, 2))):
         lines.insert(draw(st.integers(0, len(lines))), draw(st.sampled_from(odd)))
     feed = draw(st.sampled_from([b"\n", b"\r\n"]))
     return (
-        draw(st.sampled_from([b"", b"\xef\xbb\xbf"])) + feed.join(lines) + draw(st.sampled_from([b"", feed]))
+        draw(st.sampled_from([b"", b"\xef\xbb\xbf"]))
+        + feed.join(lines)
+        + draw(st.sampled_from([b"", feed]))
     )
 
 
 def loads_every_line(data):
-    """The plain loop: [(row, offset, text)], with ("empty",), ("bad",), ("blank",) for no document."""
+    """The plain loop: [(row, offset, text)], with ("empty",), ("bad",), ("blank",) for no
+    document."""
     found, offset = [], 0
     for row, line in enumerate(data.split(b"\n")):
         at, offset = offset, offset + len(line) + 1
@@ -204,11 +225,15 @@ def loads_every_line(data):
 @quick
 def test_json_lines_are_what_json_loads_gives(tmp_path, tiny_blocks, data, unit_bytes):
     source = local_source([write(tmp_path / "a.jsonl", data)])
-    expected = [(0, row, at, text) for row, at, text in loads_every_line(data) if isinstance(text, str)]
+    expected = [
+        (0, row, at, text) for row, at, text in loads_every_line(data) if isinstance(text, str)
+    ]
     assert rows_of(source, unit_bytes=unit_bytes, on_bad_document="skip") == expected
     skipped = skipped_by(source, on_bad_document="skip")
     for reason in ("empty", "bad"):
-        assert skipped[reason] == [row for row, _, text in loads_every_line(data) if text == (reason,)]
+        assert skipped[reason] == [
+            row for row, _, text in loads_every_line(data) if text == (reason,)
+        ]
 
 
 @given(json_lines(value=st.text(min_size=1, max_size=8)), st.integers(1, 60), st.data())
@@ -221,14 +246,45 @@ def test_json_lines_resume_at_any_of_them(tmp_path, tiny_blocks, data, unit_byte
     at = draw.draw(st.integers(0, len(rows) - 1))
     file, row, offset, _ = rows[at]
     resume = Position(file, row, offset=offset)
-    assert rows_of(source, unit_bytes=unit_bytes, resume=resume, on_bad_document="skip") == rows[at:]
+    assert (
+        rows_of(source, unit_bytes=unit_bytes, resume=resume, on_bad_document="skip") == rows[at:]
+    )
 
 
 FRAGMENTS = [
-    b'{"text":"', b'{"text": ', b'"}', b"}", b"{", b"\n", b'"', b",", b":", b"[", b"]", b"a", b"\\", b"\xff",
-    b"\\u00e9", b"\\ud800", b"\xc3\xa9", b" ", b"\r", b"\0", b"\t", b"null", b"1", b"01", b"1e999", b"NaN",
-    b'"b":', b'{"text":"a"}', b'"text":"b"', b'\n{"text":"c"', b"/**/", b"'",
-]  # fmt: skip
+    b'{"text":"',
+    b'{"text": ',
+    b'"}',
+    b"}",
+    b"{",
+    b"\n",
+    b'"',
+    b",",
+    b":",
+    b"[",
+    b"]",
+    b"a",
+    b"\\",
+    b"\xff",
+    b"\\u00e9",
+    b"\\ud800",
+    b"\xc3\xa9",
+    b" ",
+    b"\r",
+    b"\0",
+    b"\t",
+    b"null",
+    b"1",
+    b"01",
+    b"1e999",
+    b"NaN",
+    b'"b":',
+    b'{"text":"a"}',
+    b'"text":"b"',
+    b'\n{"text":"c"',
+    b"/**/",
+    b"'",
+]
 
 
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map(b"".join))
@@ -242,7 +298,10 @@ def test_the_fast_json_parser_answers_only_what_json_loads_would(block):
 
 def test_the_fast_json_parser_is_used_for_ordinary_lines():
     """Otherwise the test above would hold for a parser that never answers."""
-    lines = [json.dumps({"text": f"déjà {i}\n", "id": [i, "x", None, {}][i % 4]}).encode() for i in range(9)]
+    lines = [
+        json.dumps({"text": f"déjà {i}\n", "id": [i, "x", None, {}][i % 4]}).encode()
+        for i in range(9)
+    ]
     texts = textfile.parse_lines_fast(b"\n".join(lines), lines, "text")
     assert texts.to_pylist() == [f"déjà {i}\n" for i in range(9)]
 
@@ -267,7 +326,9 @@ def test_compressed_files_hold_the_same_documents(tmp_path, tiny_blocks, kind, e
     pack = gzip.compress if ending == "gz" else lambda b: pa.compress(b, "zstd", asbytes=True)
     plain = local_source([write(tmp_path / f"a.{kind}", data)])
     half = len(data) // 2  # in two frames, as tools write them that append
-    packed = local_source([write(tmp_path / f"a.{kind}.{ending}", pack(data[:half]) + pack(data[half:]))])
+    packed = local_source(
+        [write(tmp_path / f"a.{kind}.{ending}", pack(data[:half]) + pack(data[half:]))]
+    )
     expected = [(file, row, None, text) for file, row, _, text in rows_of(plain)]
     assert rows_of(packed, unit_bytes=1) == expected
     assert rows_of(packed, resume=Position(0, 17)) == expected[17:]
@@ -279,7 +340,9 @@ def test_a_compressed_file_that_ends_early_is_an_error_and_not_a_short_corpus(tm
     packed = gzip.compress(data) if ending == "gz" else pa.compress(data, "zstd", asbytes=True)
     for size in (len(packed) // 2, len(packed) - 2, 0):
         source = local_source([write(tmp_path / f"a.jsonl.{ending}", packed[:size])])
-        with pytest.raises(SourceError, match=rf"a\.jsonl\.{ending}, after row \d+: damaged or cut short"):
+        with pytest.raises(
+            SourceError, match=rf"a\.jsonl\.{ending}, after row \d+: damaged or cut short"
+        ):
             texts_of(source, on_bad_document="skip")
 
 
@@ -292,9 +355,13 @@ def test_a_compressed_file_that_ends_early_is_an_error_and_not_a_short_corpus(tm
     st.tuples(st.integers(1, 300), st.integers(0, 29)),
 )
 @quick
-def test_parquet_documents_do_not_depend_on_row_groups_and_units(tmp_path, tiny_blocks, texts, group, plan):
+def test_parquet_documents_do_not_depend_on_row_groups_and_units(
+    tmp_path, tiny_blocks, texts, group, plan
+):
     unit_bytes, at = plan
-    first = tmp_path / f"{uuid.uuid4()}.parquet"  # footers are kept, and a file system's clock is coarse
+    first = (
+        tmp_path / f"{uuid.uuid4()}.parquet"
+    )  # footers are kept, and a file system's clock is coarse
     write_parquet(first, texts, type=pa.string(), row_group_size=group)
     source = local_source([first, write_parquet(tmp_path / "b.parquet", ["last"])])
     expected = [(0, row, None, t) for row, t in enumerate(texts) if t] + [(1, 0, None, "last")]
@@ -307,11 +374,16 @@ def test_parquet_documents_do_not_depend_on_row_groups_and_units(tmp_path, tiny_
 @pytest.mark.parametrize(
     "type",
     [
-        pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(),
-        pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string()),
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.dictionary(pa.int8(), pa.large_string()),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_text_type_of_arrow_is_read(tmp_path, type):
     texts = ["a", "déjà", None, "", "a", "x" * 50]
     values = pa.array(texts).cast(pa.binary() if "binary" in str(type) else pa.string())
@@ -330,9 +402,13 @@ def test_every_text_type_of_arrow_is_read(tmp_path, type):
 
 
 def test_token_counts_come_with_the_documents_they_count(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", ["a", None, "b", "", "c"], token_count=[1, 2, None, 8, 16])
+    path = write_parquet(
+        tmp_path / "a.parquet", ["a", None, "b", "", "c"], token_count=[1, 2, None, 8, 16]
+    )
     batches = [
-        b for u in plan_units(local_source([path]), unit_bytes=1) for b in read_unit(local_source([path]), u)
+        b
+        for u in plan_units(local_source([path]), unit_bytes=1)
+        for b in read_unit(local_source([path]), u)
     ]
     counts = np.concatenate([b.token_counts for b in batches])
     assert counts.dtype == np.int64
@@ -376,19 +452,29 @@ BAD = {
             "no key 'text'; choose --text_column from txt, id",
         ),
         (b'{"text": "\\ud800"}', "line 1", "surrogate"),
-        (b'{"text": "a"}\n{"text": "\xff"}', "line 2", "invalid UTF-8 at byte 10 of the line (0xff)"),
+        (
+            b'{"text": "a"}\n{"text": "\xff"}',
+            "line 2",
+            "invalid UTF-8 at byte 10 of the line (0xff)",
+        ),
         (b'{"text": "a"}\n"text"', "line 2", "not a JSON object"),
         (b'[{"text": "a"},\n', "line 1", "one object a line"),
         (b"[" * 100_000, "line 1", "JSON"),
     ],
     "a.txt": [
-        (b"good\n<|endoftext|>\nb\n\xe9 caf\xe9\n<|endoftext|>\nc", "line 3", "invalid UTF-8 at byte 2")
+        (
+            b"good\n<|endoftext|>\nb\n\xe9 caf\xe9\n<|endoftext|>\nc",
+            "line 3",
+            "invalid UTF-8 at byte 2",
+        )
     ],
 }
 
 
 @pytest.mark.parametrize(
-    "case", [(name, *case) for name, cases in BAD.items() for case in cases], ids=lambda case: case[3][:20]
+    "case",
+    [(name, *case) for name, cases in BAD.items() for case in cases],
+    ids=lambda case: case[3][:20],
 )
 @pytest.mark.parametrize("unit_bytes", [3, ENDLESS])
 def test_a_bad_document_is_named_or_left_out(tmp_path, case, unit_bytes):
@@ -408,7 +494,9 @@ def test_a_bad_document_is_named_or_left_out(tmp_path, case, unit_bytes):
 @pytest.mark.parametrize("type", [pa.binary(), pa.string(), pa.large_string()], ids=str)
 def test_invalid_utf8_in_parquet_is_named_or_left_out(tmp_path, type):
     values = pa.array([b"a", None, b"\xff\xfe", b"", b"\xed\xa0\x80", b"b"], pa.binary())
-    values = values.cast(pa.large_binary()).view(type) if "large" in str(type) else values.view(type)
+    values = (
+        values.cast(pa.large_binary()).view(type) if "large" in str(type) else values.view(type)
+    )
     path = write_parquet(tmp_path / "a.parquet", values, token_count=[1, 2, 4, 8, 16, 32])
     source = local_source([path])
     with pytest.raises(SourceError, match=r"a\.parquet, row 2: invalid UTF-8 at byte 0"):
@@ -418,7 +506,9 @@ def test_invalid_utf8_in_parquet_is_named_or_left_out(tmp_path, type):
 
 
 def test_a_missing_or_wrong_column_is_an_error_for_the_whole_file(tmp_path):
-    source = local_source([write_parquet(tmp_path / "a.parquet", ["a"], id=[1])], text_column="content")
+    source = local_source(
+        [write_parquet(tmp_path / "a.parquet", ["a"], id=[1])], text_column="content"
+    )
     with pytest.raises(
         SourceError, match=r"a\.parquet: no column 'content'; choose --text_column from text, id"
     ):
@@ -428,7 +518,9 @@ def test_a_missing_or_wrong_column_is_an_error_for_the_whole_file(tmp_path):
 
 
 def test_a_truncated_parquet_file_is_an_error(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", [f"{i} " * 30 for i in range(100)], row_group_size=10)
+    path = write_parquet(
+        tmp_path / "a.parquet", [f"{i} " * 30 for i in range(100)], row_group_size=10
+    )
     whole = path.read_bytes()
     for data in (whole[:-100], whole[: len(whole) // 2], b""):
         with pytest.raises(SourceError, match=r"a\.parquet: not a whole parquet file"):
@@ -450,7 +542,9 @@ def test_parquet_files_that_cannot_be_read_are_left_out_and_counted_if_told_so(t
             for batch in read_unit(source, unit, on_bad_document="skip")
         ]
         assert [len(batch.skipped.get("unreadable file", [])) for batch in batches] == [0, 1, 1, 0]
-    with pytest.raises(SourceError, match=r"b\.parquet: not a whole .* \(--on_bad_document skip leaves such"):
+    with pytest.raises(
+        SourceError, match=r"b\.parquet: not a whole .* \(--on_bad_document skip leaves such"
+    ):
         texts_of(source)
     with pytest.raises(SourceError, match=r"b\.parquet: not a whole"):
         estimate(source, len)
@@ -461,7 +555,9 @@ def test_parquet_files_that_cannot_be_read_are_left_out_and_counted_if_told_so(t
 
 
 def test_damage_inside_a_parquet_file_is_an_error_in_any_case(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", [f"{i} " * 30 for i in range(100)], row_group_size=10)
+    path = write_parquet(
+        tmp_path / "a.parquet", [f"{i} " * 30 for i in range(100)], row_group_size=10
+    )
     hole = bytearray(path.read_bytes())
     hole[1000:1400] = bytes(400)
     source = local_source([write(tmp_path / "hole" / "a.parquet", bytes(hole))])
@@ -478,7 +574,9 @@ def test_a_file_that_changes_its_size_is_an_error(tmp_path, when):
     if when == "while it is read":
         next(documents)
     path.write_bytes(b"something else")
-    with pytest.raises(SourceError, match=r"a\.txt: .*(had 17 when the run began|changed its size)"):
+    with pytest.raises(
+        SourceError, match=r"a\.txt: .*(had 17 when the run began|changed its size)"
+    ):
         list(documents)
 
 
@@ -499,9 +597,13 @@ def test_folders_and_patterns_are_read_in_order_and_each_file_once(tmp_path, mon
         write(Path(name), gzip.compress(b"x") if name.endswith("gz") else b'{"text":"x"}')
     for name in ("b/.hidden/x.txt", "b/_tmp/x.txt", "b/notes.md", "b/m.json"):  # left out
         write(Path(name), b"x")
-    paths = [f.path for f in local_source(["d.json", "b/2.txt", "b", "*.gz", "./b/../b/*.txt"]).files]
+    paths = [
+        f.path for f in local_source(["d.json", "b/2.txt", "b", "*.gz", "./b/../b/*.txt"]).files
+    ]
     assert paths == ["d.json", "b/2.txt", "b/10.txt", "b/c/1.JSONL", "a.txt.gz"]
-    kinds = [(f.kind, f.compression, f.size) for f in local_source(["b/c/1.JSONL", "a.txt.gz"]).files]
+    kinds = [
+        (f.kind, f.compression, f.size) for f in local_source(["b/c/1.JSONL", "a.txt.gz"]).files
+    ]
     assert kinds == [("jsonl", None, 12), ("txt", "gzip", os.path.getsize("a.txt.gz"))]
 
 
@@ -525,8 +627,14 @@ def test_a_source_that_names_nothing_readable_is_refused(tmp_path, monkeypatch, 
 def test_a_source_is_named_after_what_was_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(Path("my corpus/part.1.txt"), "x")
-    names = {p: local_source([p]).name for p in ("my corpus/part.1.txt", "my corpus", "my corpus/*.txt")}
-    assert names == {"my corpus/part.1.txt": "part", "my corpus": "my-corpus", "my corpus/*.txt": "my-corpus"}
+    names = {
+        p: local_source([p]).name for p in ("my corpus/part.1.txt", "my corpus", "my corpus/*.txt")
+    }
+    assert names == {
+        "my corpus/part.1.txt": "part",
+        "my corpus": "my-corpus",
+        "my corpus/*.txt": "my-corpus",
+    }
 
 
 def test_the_description_tells_another_content_from_the_same(tmp_path):
@@ -562,8 +670,10 @@ def test_an_estimate_knows_rows_and_scales_tokens(tmp_path):
 
 def test_importing_documents_is_light():
     code = (
-        "import sys, pretrain.documents, pretrain.hub, pretrain.remote\n"
+        "import sys, pretrain.text.documents, pretrain.text.hub, pretrain.text.remote\n"
         "print({'numpy', 'pyarrow', 'datasets', 'requests', 'huggingface_hub'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "set()\n"

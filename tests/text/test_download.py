@@ -7,16 +7,19 @@ import time
 
 import pytest
 
-from pretrain.download import DownloadError, fetch
-from pretrain.source import Patience
+from pretrain.text.download import DownloadError, fetch
+from pretrain.text.source import Patience
 
 CONTENT = b"".join(b'{"line": %d}\n' % i for i in range(40_000))
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-HASTY = Patience(give_up_seconds=1.5, read_seconds=0.5, first_wait_seconds=0.05, longest_wait_seconds=0.1)
+HASTY = Patience(
+    give_up_seconds=1.5, read_seconds=0.5, first_wait_seconds=0.05, longest_wait_seconds=0.1
+)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers requests by `script`, one entry each, the last one for ever: a status, or what else to do."""
+    """Answers requests by `script`, one entry each, the last one for ever: a status, or what else
+    to do."""
 
     daemon_threads = True
 
@@ -37,7 +40,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         what = server.script.pop(0) if len(server.script) > 1 else server.script[0]
         time.sleep(server.pause)
         status = what if isinstance(what, int) else 200
-        body = CONTENT if what in (200, "cut", "stall") else b"<html>Log in to the wireless network</html>"
+        body = (
+            CONTENT
+            if what in (200, "cut", "stall")
+            else b"<html>Log in to the wireless network</html>"
+        )
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         if status == 429:
@@ -83,7 +90,8 @@ def test_faults_that_pass_are_waited_out(serve, tmp_path, fault):
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"), [(404, "HTTP 404"), (503, "HTTP 503"), ("cut", "closed"), ("page", "not the file")]
+    ("fault", "message"),
+    [(404, "HTTP 404"), (503, "HTTP 503"), ("cut", "closed"), ("page", "not the file")],
 )
 def test_what_is_not_the_file_is_never_left_as_the_file(serve, tmp_path, fault, message):
     server, path = serve(fault), tmp_path / "file.jsonl"
@@ -113,7 +121,8 @@ def test_without_a_known_hash_the_check_decides(serve, tmp_path):
 
 
 def race(server, path, count=6):
-    """The outcomes of several processes' calls at once (threads do: every call opens a lock of its own)."""
+    """The outcomes of several processes' calls at once (threads do: every call opens a lock of its
+    own)."""
     outcomes, started = [], threading.Barrier(count)
 
     def one():

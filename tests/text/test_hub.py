@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from loopback_hub import LoopbackHub
 
-from pretrain import parquet, remote, textfile
-from pretrain.documents import (
+from pretrain.text import remote
+from pretrain.text.documents import (
     Patience,
     Position,
     SourceError,
@@ -26,10 +26,14 @@ from pretrain.documents import (
     plan_units,
     read_unit,
 )
-from pretrain.estimate import estimate
+from pretrain.text.readers import parquet, textfile
+from pretrain.tokens.estimate import estimate
 
-# Short waits between attempts, and time for a busy machine; the other is for a Hub that does not come back.
-PATIENT = Patience(read_seconds=0.4, give_up_seconds=60, first_wait_seconds=0.01, longest_wait_seconds=0.1)
+# Short waits between attempts, and time for a busy machine; the other is for a Hub that does not
+# come back.
+PATIENT = Patience(
+    read_seconds=0.4, give_up_seconds=60, first_wait_seconds=0.01, longest_wait_seconds=0.1
+)
 IMPATIENT = dataclasses.replace(PATIENT, give_up_seconds=1.5)
 CARD = b"""---
 configs:
@@ -50,7 +54,11 @@ TEXTS = [f"document {i} " + "déjà vu " * (i % 40) for i in range(600)]
 def parquet_bytes(texts, **options):
     sink = pa.BufferOutputStream()
     table = pa.table(
-        {"text": texts, "id": [f"<{t[:12]}>" for t in texts], "token_count": [len(t) for t in texts]}
+        {
+            "text": texts,
+            "id": [f"<{t[:12]}>" for t in texts],
+            "token_count": [len(t) for t in texts],
+        }
     )
     pq.write_table(table, sink, **{"row_group_size": 20, **options})
     return sink.getvalue().to_pybytes()
@@ -65,7 +73,14 @@ def repos():
     )  # a listing is sorted, whatever order they were uploaded in
     parts = dict(zip(sorted(names), (TEXTS[:250], TEXTS[250:251], TEXTS[251:]), strict=True))
     files = {f"sample/10BT/{name}.parquet": parquet_bytes(parts[name]) for name in names}
-    return {"acme/web": {"README.md": CARD, **files, "data/x/other.parquet": b"?", "held/a.parquet": b"?"}}
+    return {
+        "acme/web": {
+            "README.md": CARD,
+            **files,
+            "data/x/other.parquet": b"?",
+            "held/a.parquet": b"?",
+        }
+    }
 
 
 @pytest.fixture
@@ -84,14 +99,22 @@ def web(**options):
 
 def texts_of(source, *, unit_bytes=4000, **options):
     units = plan_units(source, unit_bytes=unit_bytes, **options)
-    return [text for unit in units for batch in read_unit(source, unit) for text in batch.texts.to_pylist()]
+    return [
+        text
+        for unit in units
+        for batch in read_unit(source, unit)
+        for text in batch.texts.to_pylist()
+    ]
 
 
 # ---- which files
 
 
 def repository(*paths, **cards):
-    return {**dict.fromkeys(paths, b"x"), **{name.replace("_", "."): text for name, text in cards.items()}}
+    return {
+        **dict.fromkeys(paths, b"x"),
+        **{name.replace("_", "."): text for name, text in cards.items()},
+    }
 
 
 FORMS = b"""---
@@ -104,25 +127,57 @@ configs:
 """
 SHAPES = {
     "acme/configs": repository(
-        "sample/10BT/b.parquet", "sample/10BT/a.parquet", "sample/10BT/.hidden.parquet",
-        "sample/10BT/deeper/x.parquet", "data/CC-1/z.parquet", "data/CC-0/y.parquet",
-        "data/top.parquet", "held/a.parquet", "held/b.parquet", "held/d.parquet", README_md=CARD),
+        "sample/10BT/b.parquet",
+        "sample/10BT/a.parquet",
+        "sample/10BT/.hidden.parquet",
+        "sample/10BT/deeper/x.parquet",
+        "data/CC-1/z.parquet",
+        "data/CC-0/y.parquet",
+        "data/top.parquet",
+        "held/a.parquet",
+        "held/b.parquet",
+        "held/d.parquet",
+        README_md=CARD,
+    ),
     "acme/bare": repository("train-00000.parquet", "train-00001.parquet", "test-00000.parquet"),
     "acme/folders": repository(
-        "data/train/a-b/1.jsonl", "data/train/a/2.jsonl", "data/train/a.jsonl", "data/validation/v.jsonl"),
+        "data/train/a-b/1.jsonl",
+        "data/train/a/2.jsonl",
+        "data/train/a.jsonl",
+        "data/validation/v.jsonl",
+    ),
     "acme/one": repository("corpus.jsonl.gz", "LICENSE.txt", README_md=b"no front matter"),
     "acme/forms": repository(
-        "x/3.jsonl", "x/deep/1.jsonl", "x/deep/er/2.jsonl", "y/1.jsonl", "y/22.jsonl", "y/2.jsonl", "z.jsonl",
-        README_md=FORMS),
+        "x/3.jsonl",
+        "x/deep/1.jsonl",
+        "x/deep/er/2.jsonl",
+        "y/1.jsonl",
+        "y/22.jsonl",
+        "y/2.jsonl",
+        "z.jsonl",
+        README_md=FORMS,
+    ),
     "acme/yaml": repository(
-        "other/a.txt", "sample/10BT/a.parquet", README_md=CARD,
-        _huggingface_yaml=b"configs:\n- {config_name: sample, data_files: 'other/*.txt'}\n"),
-}  # fmt: skip
+        "other/a.txt",
+        "sample/10BT/a.parquet",
+        README_md=CARD,
+        _huggingface_yaml=b"configs:\n- {config_name: sample, data_files: 'other/*.txt'}\n",
+    ),
+}
 ASKED = [
-    ("acme/configs", "sample"), ("acme/configs", "default"), ("acme/configs", None), ("acme/bare", None),
-    ("acme/folders", None), ("acme/one", None), ("acme/forms", "a"), ("acme/forms", "b"), ("acme/forms", "c"),
-    ("acme/forms", "d"), ("acme/forms", None), ("acme/yaml", "sample"),
-]  # fmt: skip
+    ("acme/configs", "sample"),
+    ("acme/configs", "default"),
+    ("acme/configs", None),
+    ("acme/bare", None),
+    ("acme/folders", None),
+    ("acme/one", None),
+    ("acme/forms", "a"),
+    ("acme/forms", "b"),
+    ("acme/forms", "c"),
+    ("acme/forms", "d"),
+    ("acme/forms", None),
+    ("acme/yaml", "sample"),
+]
 ASK_DATASETS = """
 import json, sys, datasets, huggingface_hub
 def files(repo, name):
@@ -143,13 +198,19 @@ def test_files_are_those_that_datasets_itself_resolves(on_hub, tmp_path):
         for (repo, name), (config, splits) in zip(ASKED, json.loads(done.stdout), strict=True):
             for split, paths in splits.items():
                 source = hub_source(repo, name=name, split=split, patience=PATIENT)
-                assert [f"{hub.commit(repo)}/{f.path}" for f in source.files] == paths, (repo, name, split)
+                assert [f"{hub.commit(repo)}/{f.path}" for f in source.files] == paths, (
+                    repo,
+                    name,
+                    split,
+                )
                 assert source.description["config"] == config
 
 
 def test_a_sample_of_a_huge_dataset_is_found_without_listing_all_of_it(on_hub):
     files = {f"data/CC-{i}/{j}.parquet": b"x" for i in range(20) for j in range(5)}
-    with LoopbackHub({"acme/web": {"README.md": CARD, "sample/10BT/a.parquet": b"x", **files}}) as hub:
+    with LoopbackHub(
+        {"acme/web": {"README.md": CARD, "sample/10BT/a.parquet": b"x", **files}}
+    ) as hub:
         on_hub(hub)
         assert [f.path for f in web().files] == ["sample/10BT/a.parquet"]
         assert len(hub.requests) == 4  # commit, two cards, one folder
@@ -182,9 +243,15 @@ def test_a_source_records_the_commit_and_no_secret(on_hub, repos, monkeypatch):
             "is not on http://127.0.0.1:.* or is private; check --dataset, or log in",
         ),
         ({"dataset": "not a name"}, "'not a name' is not the name of a dataset"),
-        ({"dataset": "acme/table"}, "t.csv cannot be read; its files have to be .parquet, .jsonl or .txt"),
+        (
+            {"dataset": "acme/table"},
+            "t.csv cannot be read; its files have to be .parquet, .jsonl or .txt",
+        ),
         ({"dataset": "acme/choice"}, "has several configurations; choose --name from en, de"),
-        ({"dataset": "acme/escape", "name": "x"}, "its card names .*, which is not in its repository"),
+        (
+            {"dataset": "acme/escape", "name": "x"},
+            "its card names .*, which is not in its repository",
+        ),
         ({"dataset": "acme/empty"}, "dataset acme/empty: "),
     ],
 )
@@ -194,9 +261,7 @@ def test_a_wrong_name_is_answered_at_once_with_the_way_out(on_hub, repos, tmp_pa
         b"---\nconfigs:\n"
         b"- {config_name: en, data_files: a.txt}\n- {config_name: de, data_files: b.txt}\n---\n"
     )
-    escape = (
-        f"---\nconfigs:\n- {{config_name: x, data_files: '{tmp_path.as_posix()}/secret.txt'}}\n---\n".encode()
-    )
+    escape = f"---\nconfigs:\n- {{config_name: x, data_files: '{tmp_path.as_posix()}/secret.txt'}}\n---\n".encode()
     more = {
         "acme/table": {"t.csv": b"text\na\n"},
         "acme/choice": {"README.md": choice, "a.txt": b"x", "b.txt": b"x"},
@@ -252,9 +317,15 @@ def test_only_the_text_and_its_token_counts_are_fetched(on_hub):
         on_hub(hub)
         source = hub_source("acme/fat", patience=PATIENT)
         assert texts_of(source, unit_bytes=1 << 30) == texts
-        sent = [r.bytes_sent for r in hub.requests if "/resolve/" in r.path and r.path.endswith(".parquet")]
+        sent = [
+            r.bytes_sent
+            for r in hub.requests
+            if "/resolve/" in r.path and r.path.endswith(".parquet")
+        ]
     metadata = pq.ParquetFile(pa.BufferReader(content)).metadata
-    wanted = sum(metadata.row_group(g).column(c).total_compressed_size for g in range(3) for c in (1, 3))
+    wanted = sum(
+        metadata.row_group(g).column(c).total_compressed_size for g in range(3) for c in (1, 3)
+    )
     assert wanted <= sum(sent) < wanted + 100_000  # and the footer
     assert sum(sent) < len(content) / 5
 
@@ -276,7 +347,9 @@ def test_the_token_goes_to_the_hub_and_never_to_where_it_redirects(on_hub, repos
         on_hub(hub)
         assert texts_of(web()) == TEXTS
         assert {r.host.split(":")[0] for r in hub.requests} == {"127.0.0.1", "localhost"}
-        assert all(r.token == ("hf_secret" if r.host.startswith("127") else None) for r in hub.requests)
+        assert all(
+            r.token == ("hf_secret" if r.host.startswith("127") else None) for r in hub.requests
+        )
 
 
 def test_a_link_is_used_again_until_it_expires(on_hub, repos):
@@ -313,7 +386,11 @@ def test_documents_are_the_same_through_faults(on_hub, repos, faults):
         source = web()
         assert texts_of(source) == TEXTS
         assert hub.faults >= 2 or "link_uses" in faults
-        counts = [b.token_counts for u in plan_units(source, unit_bytes=4000) for b in read_unit(source, u)]
+        counts = [
+            b.token_counts
+            for u in plan_units(source, unit_bytes=4000)
+            for b in read_unit(source, u)
+        ]
         assert np.concatenate(counts).tolist() == [len(text) for text in TEXTS]
 
 
@@ -331,7 +408,9 @@ def test_a_column_chunk_too_large_to_hold_is_streamed_through_faults(on_hub, mon
         source = hub_source("acme/big", patience=PATIENT)
         (unit,) = plan_units(source, unit_bytes=1)
         read, sizes = remote.RemoteFile.read, []
-        monkeypatch.setattr(remote.RemoteFile, "read", lambda file, n: sizes.append(n) or read(file, n))
+        monkeypatch.setattr(
+            remote.RemoteFile, "read", lambda file, n: sizes.append(n) or read(file, n)
+        )
         batches = list(read_unit(source, unit))
         assert [t for b in batches for t in b.texts.to_pylist()] == texts
         assert len(batches) > 5
@@ -339,7 +418,9 @@ def test_a_column_chunk_too_large_to_hold_is_streamed_through_faults(on_hub, mon
         assert hub.faults > 3
 
 
-@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.txt", "corpus.jsonl.gz", "corpus.txt.zst"])
+@pytest.mark.parametrize(
+    "name", ["corpus.jsonl", "corpus.txt", "corpus.jsonl.gz", "corpus.txt.zst"]
+)
 def test_text_files_on_the_hub_are_read_like_local_ones(on_hub, tmp_path, monkeypatch, name):
     monkeypatch.setattr(textfile, "BLOCK", 3000)
     monkeypatch.setattr(textfile, "OVERRUN", 100)
@@ -426,7 +507,8 @@ def test_an_answer_that_is_no_hubs_is_not_taken_for_one(on_hub, repos):
 
 
 def test_the_time_that_the_reader_takes_is_not_the_networks(on_hub, repos):
-    """A response can be left open for as long as shards are written; its fault then is the first one."""
+    """A response can be left open for as long as shards are written; its fault then is the first
+    one."""
     with LoopbackHub(repos) as hub:
         on_hub(hub)
         listed = web().files[0]
@@ -467,11 +549,16 @@ def test_waits_grow_with_jitter_and_end(monkeypatch):
         while True:
             waiting.after(remote.Fault("HTTP 503"))
     bounds = [
-        min(patience.longest_wait_seconds, patience.first_wait_seconds * 2**i) for i in range(len(slept))
+        min(patience.longest_wait_seconds, patience.first_wait_seconds * 2**i)
+        for i in range(len(slept))
     ]
     assert all(bound / 2 <= s <= bound for s, bound in zip(slept, bounds, strict=True))
     assert len({s / bound for s, bound in zip(slept, bounds, strict=True)}) > 1
-    assert patience.give_up_seconds - patience.longest_wait_seconds < now[0] <= patience.give_up_seconds
+    assert (
+        patience.give_up_seconds - patience.longest_wait_seconds
+        < now[0]
+        <= patience.give_up_seconds
+    )
 
 
 # ---- workers
@@ -482,7 +569,9 @@ def read_in_worker(source, unit, queue):
     queue.put((texts, {"datasets", "torch", "huggingface_hub.hf_api"} & set(sys.modules)))
 
 
-def test_a_spawned_worker_reads_a_unit_with_the_token_and_without_datasets(on_hub, repos, monkeypatch):
+def test_a_spawned_worker_reads_a_unit_with_the_token_and_without_datasets(
+    on_hub, repos, monkeypatch
+):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with LoopbackHub(repos, token="hf_secret", fail_every=2) as hub:
         on_hub(hub)

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain import fast_bpe
-from pretrain.fast_bpe import CodePointSet, from_ranges, to_ranges
-from pretrain.tokenizer import Tokenizer, utf8_buffers
+from pretrain.tokens import fast_bpe
+from pretrain.tokens.fast_bpe import CodePointSet, from_ranges, to_ranges
+from pretrain.tokens.tokenizer import Tokenizer, utf8_buffers
 
 INEXACT = [chr(c) for c in (0x088F, 0x0C5C, 0xA7CE, 0x10940, 0x11DE0, 0x323B0, 0x33479)]
 
@@ -35,7 +35,9 @@ def test_the_stored_set_is_what_the_packages_say(classes, monkeypatch, capsys):
     assert {ord(c) for c in INEXACT} <= set(fast_bpe.load_inexact().tolist())
 
 
-def test_a_stored_set_that_is_not_what_the_packages_say_is_told_and_replaced(monkeypatch, tmp_path, capsys):
+def test_a_stored_set_that_is_not_what_the_packages_say_is_told_and_replaced(
+    monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(fast_bpe, "derive_inexact", lambda: np.array([0x41, 0x42, 0x44]))
     monkeypatch.setattr(fast_bpe, "STORED", tmp_path / "stored.json")
     (tmp_path / "stored.json").write_text(json.dumps({"versions": {}, "ranges": []}))
@@ -59,11 +61,15 @@ def test_classes_are_those_of_pythons_unicode_data_where_that_knows_the_code_poi
 
 
 def test_other_versions_get_a_set_of_their_own(monkeypatch):
-    monkeypatch.setattr(fast_bpe, "installed_versions", lambda: {"tiktoken": "0.14.0", "gigatoken": "0.99.0"})
+    monkeypatch.setattr(
+        fast_bpe, "installed_versions", lambda: {"tiktoken": "0.14.0", "gigatoken": "0.99.0"}
+    )
     monkeypatch.setattr(fast_bpe, "derive_inexact", lambda: np.array([0x41]))
     tok = Tokenizer("gigatoken")
     assert tok._fast.inexact.code_points.tolist() == [0x41]
-    monkeypatch.setattr(fast_bpe, "derive_inexact", lambda: pytest.fail("a worker derives the set again"))
+    monkeypatch.setattr(
+        fast_bpe, "derive_inexact", lambda: pytest.fail("a worker derives the set again")
+    )
     assert pickle.loads(pickle.dumps(tok))._fast.inexact.code_points.tolist() == [0x41]
 
 
@@ -86,7 +92,10 @@ def test_a_member_is_found_across_the_borders_of_the_search():
     block = fast_bpe.SCAN_BYTES
     text = "".join("a" * (block - 2) + INEXACT[-1] for _ in range(3))
     data, offsets = utf8_buffers(pa.array(["b" * (block - 1), text, "c", INEXACT[0]]))
-    assert CodePointSet(fast_bpe.load_inexact()).documents_with_one(data, offsets).tolist() == [1, 3]
+    assert CodePointSet(fast_bpe.load_inexact()).documents_with_one(data, offsets).tolist() == [
+        1,
+        3,
+    ]
 
 
 @given(st.sets(st.integers(0, 0x10FFFF)))
@@ -103,11 +112,18 @@ def test_a_full_cache_is_dropped_and_the_tokens_stay_the_same(sizes_known, monke
     monkeypatch.setattr(fast_bpe, "MAX_CACHED_TEXT", 25)
     started = []
     load = fast_bpe.load_gigatoken
-    monkeypatch.setattr(fast_bpe, "load_gigatoken", lambda tokens: started.append(1) or load(tokens))
+    monkeypatch.setattr(
+        fast_bpe, "load_gigatoken", lambda tokens: started.append(1) or load(tokens)
+    )
     tok = Tokenizer("gigatoken")
     started.clear()
     for _ in range(10):  # full after each third; the next one loads another
-        assert tok.encode_documents(pa.array(["Hello", "world"]))[0].tolist() == [50256, 15496, 50256, 6894]
+        assert tok.encode_documents(pa.array(["Hello", "world"]))[0].tolist() == [
+            50256,
+            15496,
+            50256,
+            6894,
+        ]
     assert len(started) == 3
 
 

@@ -1,4 +1,5 @@
-"""Training on one's own text: its shards, the end of a run, weights of sequences, samples, trackers."""
+"""Training on one's own text: its shards, the end of a run, weights of sequences, samples,
+trackers."""
 
 import json
 import os
@@ -13,16 +14,19 @@ from tiny_runs import SETTINGS, flags, initial_model, logged, write_shards
 
 import train_gpt2
 from model import load_checkpoint
-from pretrain import owntext, trackers
-from pretrain.console import Console
-from pretrain.loader import ShardLoader, TokenWindows
-from pretrain.owntext import prepare, unigram_entropy
-from pretrain.runlog import RunLog, last_per_step, read_log
-from pretrain.schedule import learning_rate
-from pretrain.shards import find_shards, open_shard
-from pretrain.tokenizer import END_OF_TEXT, load_encoding
+from pretrain.report import trackers
+from pretrain.report.console import Console
+from pretrain.report.runlog import RunLog, last_per_step, read_log
+from pretrain.tokens import owntext
+from pretrain.tokens.owntext import prepare, unigram_entropy
+from pretrain.tokens.shards import find_shards, open_shard
+from pretrain.tokens.tokenizer import END_OF_TEXT, load_encoding
+from pretrain.train.loader import ShardLoader, TokenWindows
+from pretrain.train.schedule import learning_rate
 
-DOCUMENTS = [f"The mill by the river has {n} wheels, and each of them turns {n * n} times." for n in range(9)]
+DOCUMENTS = [
+    f"The mill by the river has {n} wheels, and each of them turns {n * n} times." for n in range(9)
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +58,25 @@ def test_a_text_becomes_a_tenth_for_validation_and_the_rest_for_training(text, t
     expected = []
     for document in text.read_text(encoding="utf-8").split("<|endoftext|>\n"):
         expected += [END_OF_TEXT, *encoding.encode_ordinary(document)]
-    val, training = (tokens_of(tmp_path / "out" / "data", split).tolist() for split in ("val", "train"))
+    val, training = (
+        tokens_of(tmp_path / "out" / "data", split).tolist() for split in ("val", "train")
+    )
     assert val + training == expected
     assert len(val) == len(expected) // 10
     windows = TokenWindows(find_shards(tmp_path / "out" / "data", "val"), block_size=16)
-    seen = windows.read(np.arange(len(windows)))  # (windows, 17), the last token of each is only predicted
-    assert seen[:, :-1].reshape(-1).tolist() == val[: 16 * len(windows)]  # one after the other, once each
-    assert f"{len(training):,} tokens for training, {len(val):,} for validation" in capfd.readouterr().out
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["train_tokens"] == len(training)
+    seen = windows.read(
+        np.arange(len(windows))
+    )  # (windows, 17), the last token of each is only predicted
+    assert (
+        seen[:, :-1].reshape(-1).tolist() == val[: 16 * len(windows)]
+    )  # one after the other, once each
+    assert (
+        f"{len(training):,} tokens for training, {len(val):,} for validation"
+        in capfd.readouterr().out
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["train_tokens"] == len(
+        training
+    )
 
 
 def test_shards_of_a_text_are_kept_and_another_text_is_refused(text, tmp_path, capfd):
@@ -74,7 +89,11 @@ def test_shards_of_a_text_are_kept_and_another_text_is_refused(text, tmp_path, c
     other.write_text("Another text.", encoding="utf-8")
     assert train(None, tmp_path / "out", "--data", str(other), max_iters=3) == 1
     error = capfd.readouterr().err
-    assert "holds shards of other documents" in error and "--out_dir" in error and error.count("\n") == 1
+    assert (
+        "holds shards of other documents" in error
+        and "--out_dir" in error
+        and error.count("\n") == 1
+    )
 
 
 def test_a_folder_of_shards_is_taken_as_it_is(data, tmp_path):
@@ -116,15 +135,25 @@ def test_unigram_entropy_is_that_of_the_frequencies(tmp_path):
 # ---- the end of a run
 
 
-def test_early_stopping_counts_evaluations_without_improvement_across_resumes(data, tmp_path, capfd):
-    still = {"min_lr": 0, "lr_decay_iters": 2, "eval_interval": 2}  # after two updates no loss changes
+def test_early_stopping_counts_evaluations_without_improvement_across_resumes(
+    data, tmp_path, capfd
+):
+    still = {
+        "min_lr": 0,
+        "lr_decay_iters": 2,
+        "eval_interval": 2,
+    }  # after two updates no loss changes
     stop = ("--early_stopping", "2")
-    assert train(data, tmp_path / "out", *stop, **still, max_iters=4) == 0  # step 4 was no better than 2
+    assert (
+        train(data, tmp_path / "out", *stop, **still, max_iters=4) == 0
+    )  # step 4 was no better than 2
     assert train(data, tmp_path / "out", *stop, **still, max_iters=40) == 0
     evals = last_per_step(read_log(tmp_path / "out" / "metrics.jsonl"), "eval")
     assert [record["step"] for record in evals] == [0, 2, 4, 6]
     assert load_checkpoint(tmp_path / "out" / "final_model.pt")[1]["step"] == 6
-    assert "stopped early: the validation loss was lowest 2 evaluations ago" in capfd.readouterr().out
+    assert (
+        "stopped early: the validation loss was lowest 2 evaluations ago" in capfd.readouterr().out
+    )
     assert train(data, tmp_path / "out", *stop, **still, max_iters=40) == 0
     assert "finished at step 6; with a higher --early_stopping it goes on" in capfd.readouterr().out
     assert train(data, tmp_path / "out", "--early_stopping", "3", **still, max_iters=40) == 0
@@ -134,12 +163,16 @@ def test_early_stopping_counts_evaluations_without_improvement_across_resumes(da
 def test_a_run_that_improves_is_not_stopped_early(data, tmp_path):
     assert train(data, tmp_path / "out", "--early_stopping", "1", eval_interval=1) == 0
     losses = logged(tmp_path / "out", "eval", "val_loss")
-    assert list(losses) == [0, 1, 2, 3, 4] and sorted(losses.values(), reverse=True) == list(losses.values())
+    assert list(losses) == [0, 1, 2, 3, 4] and sorted(losses.values(), reverse=True) == list(
+        losses.values()
+    )
 
 
 def test_weights_alone_in_the_folder_of_a_run_are_not_taken_for_its_own(data, tmp_path, capfd):
     model = initial_model()
-    config = {name: getattr(model.config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    config = {
+        name: getattr(model.config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")
+    }
     out_dir = tmp_path / "out"
     out_dir.mkdir()
     weights = out_dir / "imported.pt"
@@ -155,24 +188,31 @@ def test_weights_alone_in_the_folder_of_a_run_are_not_taken_for_its_own(data, tm
 
 
 def weighted_losses(data, key_ids, alpha, steps):
-    """Losses of SETTINGS with one micro-step of four sequences, by the formula, sequence by sequence."""
+    """Losses of SETTINGS with one micro-step of four sequences, by the formula, sequence by
+    sequence."""
     model = initial_model()
     matrices, vectors = ([p for p in model.parameters() if p.dim() == n] for n in (2, 1))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    loader = ShardLoader(find_shards(data, "train"), batch_size=4, block_size=16, seed=SETTINGS["seed"])
+    loader = ShardLoader(
+        find_shards(data, "train"), batch_size=4, block_size=16, seed=SETTINGS["seed"]
+    )
     losses = []
     for step in range(steps):
         x, y = (part[0] for part in loader.batch(step))
         total = 0.0
         for tokens, targets in zip(x, y, strict=True):
             found = sum(token in key_ids for token in tokens.tolist())
-            total = total + alpha * (1 + found) * F.cross_entropy(model(tokens[None])[0][0], targets)
+            total = total + alpha * (1 + found) * F.cross_entropy(
+                model(tokens[None])[0][0], targets
+            )
         loss = total / len(x)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, max_lr=0.01, min_lr=0.001, warmup_iters=1, lr_decay_iters=4)
+            group["lr"] = learning_rate(
+                step, max_lr=0.01, min_lr=0.001, warmup_iters=1, lr_decay_iters=4
+            )
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -192,7 +232,9 @@ def test_key_tokens_weigh_training_as_the_formula_says_and_evaluation_not_at_all
     assert train(data, tmp_path / "keys", *keys, **batch) == 0
     expected = weighted_losses(data, key_ids, 0.7, 4)
     assert list(logged(tmp_path / "keys").values()) == pytest.approx(expected, rel=1e-5)
-    assert expected[0] > 1.1 * 0.7 * logged(tmp_path / "plain")[1]  # some sequences do hold key tokens
+    assert (
+        expected[0] > 1.1 * 0.7 * logged(tmp_path / "plain")[1]
+    )  # some sequences do hold key tokens
     first = [logged(tmp_path / name, "eval", "val_loss")[0] for name in ("keys", "plain")]
     assert first[0] == first[1]
 
@@ -227,7 +269,9 @@ def sampled(data, tmp_path_factory):
 def test_sampling_keeps_to_its_interval_and_changes_nothing_of_the_training(
     data, tmp_path, sampled, interval, steps
 ):
-    assert train(data, tmp_path / "out", eval_interval=1, sample_interval=interval, dropout=0.1) == 0
+    assert (
+        train(data, tmp_path / "out", eval_interval=1, sample_interval=interval, dropout=0.1) == 0
+    )
     records = read_log(tmp_path / "out" / "metrics.jsonl")
     assert [record["step"] for record in records if record["event"] == "sample"] == steps
     assert list(logged(sampled, "sample", "step")) == [1, 2, 3, 4]
@@ -255,9 +299,16 @@ class Terminal:
 
 
 TRAIN = {
-    "event": "train", "step": 10, "loss": 3.25, "learning_rate": 1e-3, "grad_norm": 0.5, "mfu": None,
-    "tokens_per_second": 12345.6, "milliseconds_per_step": 9.5, "memory_bytes": 10**9,
-}  # fmt: skip
+    "event": "train",
+    "step": 10,
+    "loss": 3.25,
+    "learning_rate": 1e-3,
+    "grad_norm": 0.5,
+    "mfu": None,
+    "tokens_per_second": 12345.6,
+    "milliseconds_per_step": 9.5,
+    "memory_bytes": 10**9,
+}
 
 
 def test_a_terminal_gets_a_bar_and_lines_for_what_stays(monkeypatch):
@@ -268,9 +319,15 @@ def test_a_terminal_gets_a_bar_and_lines_for_what_stays(monkeypatch):
     console.say("step 10/20 | val loss 3.3000")
     console.sample({"step": 10, "prompt": "The mill", "text": " by\nthe" + " river" * 100})
     console.close()
-    assert "10/20" in terminal.text and "loss 3.2500" in terminal.text and "12,346 tok/s" in terminal.text
+    assert (
+        "10/20" in terminal.text
+        and "loss 3.2500" in terminal.text
+        and "12,346 tok/s" in terminal.text
+    )
     assert "\nstep 10/20 | val loss 3.3000\n" in terminal.text.replace("\r", "\n")
-    (sample,) = [line for line in terminal.text.replace("\r", "\n").splitlines() if "The mill by the" in line]
+    (sample,) = [
+        line for line in terminal.text.replace("\r", "\n").splitlines() if "The mill by the" in line
+    ]
     assert len(sample) < 250 and sample.endswith(" ...")
     assert "lr 1.00e-03" not in terminal.text  # the lines of train_line are for files
 
@@ -282,12 +339,16 @@ def test_what_is_no_terminal_gets_lines_that_begin_alike_and_no_bar(capsys):
     console.close()
     out, error = capsys.readouterr()
     first, second = out.splitlines()
-    assert first.startswith("step 10/20 | loss  3.2500 | lr 1.00e-03") and second.startswith("step 10/20 | ")
+    assert first.startswith("step 10/20 | loss  3.2500 | lr 1.00e-03") and second.startswith(
+        "step 10/20 | "
+    )
     assert error == "" and "\r" not in out
 
 
 def test_tensorboard_gets_the_numbers_of_the_log(data, tmp_path):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
     assert train(data, tmp_path / "out", "--tensorboard") == 0
     events = event_accumulator.EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
     for event, name in (("train", "loss"), ("train", "learning_rate"), ("eval", "val_loss")):
@@ -298,7 +359,8 @@ def test_tensorboard_gets_the_numbers_of_the_log(data, tmp_path):
 
 
 def wandb_records(path):
-    """The records of an offline run's file: a LevelDB log with a header of seven bytes of its own."""
+    """The records of an offline run's file: a LevelDB log with a header of seven bytes of its
+    own."""
     from wandb.proto import wandb_internal_pb2
 
     data, at, content = path.read_bytes(), 7, b""
@@ -326,7 +388,9 @@ def test_wandb_gets_the_numbers_of_the_log_without_a_network(data, tmp_path, mon
         time.sleep(0.1)
     losses = {}
     for record in wandb_records(path):
-        items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+        items = {
+            "/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item
+        }
         if "train/loss" in items:
             losses[items["step"]] = items["train/loss"]
     assert losses == logged(tmp_path / "out")
@@ -356,15 +420,26 @@ def test_a_tracker_that_fails_is_left_out_and_the_log_goes_on(tmp_path, capfd):
 
 
 def test_the_shards_of_a_text_are_made_once_by_two_ranks(text, tmp_path):
-    """Under torchrun the first process builds and the other waits; both train on the same shards."""
+    """Under torchrun the first process builds and the other waits; both train on the same
+    shards."""
     import subprocess
     import sys
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               train_gpt2.__file__, *flags(None, tmp_path / "out", hellaswag=False, max_iters=2),
-               "--data", str(text)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        train_gpt2.__file__,
+        *flags(None, tmp_path / "out", hellaswag=False, max_iters=2),
+        "--data",
+        str(text),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("shards made") == 1
     assert list(logged(tmp_path / "out")) == [1, 2]

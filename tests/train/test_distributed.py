@@ -1,5 +1,5 @@
-"""Ranks, devices, and stopping together. Two real processes over gloo run two_ranks.main once; the tests of
-the second half look at what they wrote."""
+"""Ranks, devices, and stopping together. Two real processes over gloo run two_ranks.main once; the
+tests of the second half look at what they wrote."""
 
 import json
 import os
@@ -17,9 +17,9 @@ from free_port import free_port
 
 from pretrain import distributed
 from pretrain.distributed import Ranks, peak_flops, pick_device, pick_dtype, seed_dropout
-from pretrain.stopping import FiniteGuard, NotFinite, StopSignal
+from pretrain.train.stopping import FiniteGuard, NotFinite, StopSignal
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -89,7 +89,9 @@ def test_memory_is_counted_in_bytes():
     assert 10**7 < distributed.peak_memory(torch.device("cpu")) < 10**12
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are"
+)
 def test_memory_that_tensors_leave_serves_the_next_ones_without_page_faults():
     import resource
 
@@ -100,11 +102,15 @@ def test_memory_that_tensors_leave_serves_the_next_ones_without_page_faults():
         for _ in range(rounds):
             torch.ones(size, dtype=torch.uint8)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert faults < rounds * size / 4096 / 4  # of pages of 4 KiB, all of which the kernel would give anew
+    assert (
+        faults < rounds * size / 4096 / 4
+    )  # of pages of 4 KiB, all of which the kernel would give anew
 
 
 def test_alone_a_rank_is_its_own_sum_and_audience():
-    assert ALONE.sum(1.5, 2) == [1.5, 2.0] and ALONE.gather("x") == ["x"] and ALONE.broadcast(3) == 3
+    assert (
+        ALONE.sum(1.5, 2) == [1.5, 2.0] and ALONE.gather("x") == ["x"] and ALONE.broadcast(3) == 3
+    )
     assert ALONE.on_first(max, 1, 2) == 2
     with pytest.raises(ZeroDivisionError):
         ALONE.together(lambda: 1 / 0)
@@ -216,9 +222,9 @@ def test_with_scaled_gradients_an_overflow_is_the_scalers_business_but_a_nan_los
 TWO_RANKS = """
 import json, os, signal, sys, time, torch
 sys.path.insert(0, {root!r})
-from pretrain.checkpoint import CheckpointError
+from pretrain.train.checkpoint import CheckpointError
 from pretrain.distributed import Ranks
-from pretrain.stopping import FiniteGuard, NotFinite, StopSignal
+from pretrain.train.stopping import FiniteGuard, NotFinite, StopSignal
 
 def attempt(function, *arguments):
     try:
@@ -272,9 +278,16 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     code = TWO_RANKS.format(root=str(ROOT), folder=str(folder))
     port = str(free_port())
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **shared, "RANK": str(rank)})
+        subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, **shared, "RANK": str(rank)}
+        )
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
@@ -298,7 +311,9 @@ def test_what_fails_on_one_rank_is_raised_on_all(found):
 
 def test_all_ranks_stop_for_a_nan_of_one_and_name_it(found):
     for values in found:
-        assert values["guard"].startswith("NotFinite: step 5: loss nan on rank 1, gradient norm nan")
+        assert values["guard"].startswith(
+            "NotFinite: step 5: loss nan on rank 1, gradient norm nan"
+        )
 
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_call(found):

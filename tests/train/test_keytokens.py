@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, GPTConfig
-from pretrain.keytokens import KeyTokenError, key_token_weights, load_key_tokens
-from pretrain.tokenizer import load_encoding
+from pretrain.tokens.tokenizer import load_encoding
+from pretrain.train.keytokens import KeyTokenError, key_token_weights, load_key_tokens
 
 
 def test_a_sequence_weighs_alpha_for_itself_and_alpha_for_each_key_token():
@@ -60,4 +60,8 @@ def test_a_file_that_cannot_be_used_is_one_clear_line(content, complaint, tmp_pa
         path.write_bytes(content)
     with pytest.raises(KeyTokenError) as error:
         load_key_tokens(path)
-    assert complaint in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+    assert (
+        complaint in str(error.value)
+        and str(path) in str(error.value)
+        and "\n" not in str(error.value)
+    )

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain import loader as loader_module
-from pretrain.loader import ShardLoader, TokenWindows, verify_data
-from pretrain.shards import Manifest, Shard, ShardError
+from pretrain.tokens.shards import Manifest, Shard, ShardError
+from pretrain.train import loader as loader_module
+from pretrain.train.loader import ShardLoader, TokenWindows, verify_data
 
 
 def write_shards(folder, lengths, seed=0, split="train", highest=50257):
@@ -20,7 +20,8 @@ def write_shards(folder, lengths, seed=0, split="train", highest=50257):
 
 
 def numbered_shards(folder, num_windows, block_size=4, shards=3):
-    """Shards in which window i begins with token i % 60000: the tokens say which window a row is."""
+    """Shards in which window i begins with token i % 60000: the tokens say which window a row
+    is."""
     tokens = np.repeat(np.arange(num_windows) % 60000, block_size).astype(np.uint16)
     tokens = np.append(tokens, 0).astype(np.uint16)
     paths = []
@@ -49,10 +50,18 @@ def test_in_file_order_batches_are_what_a_plain_loop_over_all_tokens_gives(tmp_p
     windows = [tokens[i : i + block + 1].tolist() for i in range(0, len(tokens) - block, hop)]
     for world_size in (1, 2):
         loaders = [
-            ShardLoader(paths, batch_size=2, block_size=block, accumulation_steps=3, rank=rank, stride=stride,
-                        world_size=world_size, shuffle=False)
+            ShardLoader(
+                paths,
+                batch_size=2,
+                block_size=block,
+                accumulation_steps=3,
+                rank=rank,
+                stride=stride,
+                world_size=world_size,
+                shuffle=False,
+            )
             for rank in range(world_size)
-        ]  # fmt: skip
+        ]
         assert loaders[0].windows_per_epoch == len(windows)
         for step in range(4):
             batches = [loader.batch(step) for loader in loaders]
@@ -70,7 +79,9 @@ def test_every_window_of_an_epoch_is_used_once_and_each_epoch_has_its_own_order(
 ):
     paths = numbered_shards(tmp_path, num_windows)
     world = [
-        ShardLoader(paths, batch_size=2, block_size=4, accumulation_steps=2, rank=rank, world_size=2)
+        ShardLoader(
+            paths, batch_size=2, block_size=4, accumulation_steps=2, rank=rank, world_size=2
+        )
         for rank in range(2)
     ]
     used = []
@@ -97,10 +108,17 @@ def test_the_global_batch_is_the_same_for_every_world_size_that_divides_it(tmp_p
         (1, 1, 8),
     ):
         batches = [
-            ShardLoader(paths, batch_size=batch_size, block_size=8, accumulation_steps=accumulation,
-                        rank=rank, world_size=world_size).batch(step)
-            for step in (0, 7, 50) for rank in range(world_size)
-        ]  # fmt: skip
+            ShardLoader(
+                paths,
+                batch_size=batch_size,
+                block_size=8,
+                accumulation_steps=accumulation,
+                rank=rank,
+                world_size=world_size,
+            ).batch(step)
+            for step in (0, 7, 50)
+            for rank in range(world_size)
+        ]
         per_step = np.array_split(np.array([row for batch in batches for row in rows(batch)]), 3)
         seen.append([sorted(part.tolist()) for part in per_step])
     assert all(steps == seen[0] for steps in seen)
@@ -133,7 +151,8 @@ def test_windows_do_not_depend_on_where_shards_were_cut(tmp_path):
 
 
 def test_an_order_lasts_as_long_as_its_checkpoints(tmp_path):
-    """These numbers were produced once. If they change, every run continues on other data than before."""
+    """These numbers were produced once. If they change, every run continues on other data than
+    before."""
     loader = ShardLoader(numbered_shards(tmp_path, 200), batch_size=1, block_size=4, seed=1337)
     assert loader.order(np.arange(8)).tolist() == [163, 141, 133, 126, 46, 170, 41, 172]
     assert loader.order(np.arange(200, 208)).tolist() == [192, 116, 161, 51, 55, 145, 142, 61]
@@ -141,14 +160,18 @@ def test_an_order_lasts_as_long_as_its_checkpoints(tmp_path):
 
 def test_a_batch_mixes_the_data_set_while_a_disk_reads_long_stretches(tmp_path):
     num_windows = 300_000
-    loader = ShardLoader(numbered_shards(tmp_path, num_windows, block_size=1), batch_size=512, block_size=1)
+    loader = ShardLoader(
+        numbered_shards(tmp_path, num_windows, block_size=1), batch_size=512, block_size=1
+    )
     order = loader.order(np.arange(num_windows))
     pool = np.sort(order[: 2048 * 32])
     stretches = np.split(pool, np.flatnonzero(np.diff(pool) != 1) + 1)
     assert len(stretches) <= 34 and min(len(s) for s in stretches[1:-1]) >= 2048
     assert pool.mean() == pytest.approx(num_windows / 2, rel=0.25)
     for batch in order[:5120].reshape(10, 512):
-        assert len(np.unique(batch // 2048)) > 25, "a batch comes from nearly all chunks of its pool"
+        assert len(np.unique(batch // 2048)) > 25, (
+            "a batch comes from nearly all chunks of its pool"
+        )
     neighbours = np.abs(np.diff(order)) == 1
     assert neighbours.mean() < 0.001
     # Shuffled evenly within the pool: where a window lies says nothing of when it is used.

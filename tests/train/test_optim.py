@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from pretrain.optim import make_optimizer, parameter_groups
+from pretrain.train.optim import make_optimizer, parameter_groups
 
 SIZES = {"block_size": 8, "vocab_size": 100, "n_layer": 2, "n_head": 2, "n_embd": 32}
 
@@ -78,7 +78,9 @@ def test_weight_decay_alone_shrinks_matrices_and_nothing_else():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.data, before[name] * (0.9 if parameter.dim() == 2 else 1.0))
+        torch.testing.assert_close(
+            parameter.data, before[name] * (0.9 if parameter.dim() == 2 else 1.0)
+        )
 
 
 def test_the_state_of_one_optimizer_fits_another_of_the_same_configuration():

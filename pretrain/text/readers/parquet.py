@@ -1,7 +1,8 @@
 """The text column of a parquet file as Arrow batches of documents.
 
-Only the column chunks of the text, and of FineWeb's `token_count` where it exists, are read. A remote file
-is told which bytes will be wanted, so that a batch costs one request and not one per page.
+Only the column chunks of the text, and of FineWeb's `token_count` where it exists, are read. A
+remote file is told which bytes will be wanted, so that a batch costs one request and not one per
+page.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pretrain import arrow
-from pretrain.source import Batch
+from pretrain.text import arrow
+from pretrain.text.source import Batch
 
 BATCH_BYTES = 8 << 20  # text in a batch, unless a single document has more
 LOAD_BYTES = 32 << 20  # stored bytes of a remote batch that are fetched into memory in one go
@@ -22,7 +23,9 @@ READ_BYTES = 1 << 20  # bytes that pyarrow asks a file for
 UNREADABLE_FILE = "unreadable file"  # the reason in Batch.skipped
 TOKEN_COUNT = "token_count"  # FineWeb's column: GPT-2 tokens of the row's text, without end-of-text
 
-Report = Callable[[int, "int | None", str], None]  # (row in the unit, byte offset or None, what is wrong)
+Report = Callable[
+    [int, "int | None", str], None
+]  # (row in the unit, byte offset or None, what is wrong)
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,20 @@ class Footer:
 
 
 def read_footer(file, column: str) -> Footer:
-    """Raises ValueError where `column` is missing or no text, pyarrow's errors for what is no parquet."""
+    """Raises ValueError where `column` is missing or no text, pyarrow's errors for what is no
+    parquet."""
     parquet = pq.ParquetFile(file)
     schema = parquet.schema_arrow
     if column not in schema.names:
-        raise ValueError(f"no column {column!r}; choose --text_column from {', '.join(schema.names)}")
+        raise ValueError(
+            f"no column {column!r}; choose --text_column from {', '.join(schema.names)}"
+        )
     if not _holds_text(schema.field(column).type):
         raise ValueError(f"column {column!r} holds {schema.field(column).type}, not text")
     columns = [column]
-    if column != TOKEN_COUNT in schema.names and pa.types.is_integer(schema.field(TOKEN_COUNT).type):
+    if column != TOKEN_COUNT in schema.names and pa.types.is_integer(
+        schema.field(TOKEN_COUNT).type
+    ):
         columns.append(TOKEN_COUNT)
     paths = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
     return Footer(parquet.metadata, tuple(columns), tuple(paths.index(c) for c in columns))
@@ -79,7 +87,9 @@ def read_row_groups(
     Raises pyarrow's errors (ArrowException, OSError) where the file is damaged.
     """
     # pre-buffering would hold all of a column chunk, and one can be gigabytes
-    parquet = pq.ParquetFile(file, metadata=footer.metadata, pre_buffer=False, buffer_size=READ_BYTES)
+    parquet = pq.ParquetFile(
+        file, metadata=footer.metadata, pre_buffer=False, buffer_size=READ_BYTES
+    )
     first = 0  # the row that comes next, counted from the unit's first
     while start < stop and first + footer.num_rows(start) <= skip_rows:
         first, start = first + footer.num_rows(start), start + 1
@@ -90,8 +100,12 @@ def read_row_groups(
             _fetch(file, footer, groups)
         rows, text_bytes = sum(map(footer.num_rows, groups)), sum(map(footer.text_bytes, groups))
         # a row group far larger than a batch is decoded piece by piece
-        at_once = max(1, rows if text_bytes <= 2 * BATCH_BYTES else rows * BATCH_BYTES // text_bytes)
-        for record in parquet.iter_batches(at_once, groups, list(footer.columns), use_threads=False):
+        at_once = max(
+            1, rows if text_bytes <= 2 * BATCH_BYTES else rows * BATCH_BYTES // text_bytes
+        )
+        for record in parquet.iter_batches(
+            at_once, groups, list(footer.columns), use_threads=False
+        ):
             begin, first = first, first + len(record)
             if first > skip_rows:
                 skip = max(0, skip_rows - begin)
@@ -100,7 +114,8 @@ def read_row_groups(
 
 
 def _groups_of_a_batch(footer: Footer, start: int, stop: int) -> Iterator[list[int]]:
-    """Consecutive row groups with about BATCH_BYTES of text: small ones are read like large ones."""
+    """Consecutive row groups with about BATCH_BYTES of text: small ones are read like large
+    ones."""
     groups, size = [], 0
     for group in range(start, stop):
         groups, size = [*groups, group], size + footer.text_bytes(group)
@@ -112,7 +127,8 @@ def _groups_of_a_batch(footer: Footer, start: int, stop: int) -> Iterator[list[i
 
 
 def _fetch(file, footer: Footer, groups: list[int]) -> None:
-    """Bring column chunks of a remote file into memory; text that is too large for it will be streamed."""
+    """Bring column chunks of a remote file into memory; text that is too large for it will be
+    streamed."""
     ranges = [footer.ranges(group) for group in groups]
     if sum(stop - start for columns in ranges for start, stop in columns) > LOAD_BYTES:
         ranges = [columns[1:] for columns in ranges]
@@ -120,7 +136,8 @@ def _fetch(file, footer: Footer, groups: list[int]) -> None:
 
 
 def _batch(texts: pa.Array, counts: pa.Array | None, first: int, report: Report) -> Batch:
-    """A batch of the rows from `first` on. texts: any type that _holds_text accepts, nulls included."""
+    """A batch of the rows from `first` on. texts: any type that _holds_text accepts, nulls
+    included."""
     if pa.types.is_dictionary(texts.type):
         texts = texts.dictionary_decode()
     if str(texts.type).endswith("_view"):
@@ -147,12 +164,15 @@ def unreadable_file() -> Batch:
 
 
 def _invalid_utf8(texts: pa.Array) -> list[tuple[int, str]]:
-    """(index, what is wrong) of strings that are not UTF-8: pyarrow does not check when it reads."""
+    """(index, what is wrong) of strings that are not UTF-8: pyarrow does not check when it
+    reads."""
     try:
         texts.validate(full=True)
         return []
     except pa.ArrowInvalid:
-        values = texts.view(pa.large_binary() if pa.types.is_large_string(texts.type) else pa.binary())
+        values = texts.view(
+            pa.large_binary() if pa.types.is_large_string(texts.type) else pa.binary()
+        )
         problems = [utf8_problem(value or b"") for value in values.to_pylist()]
         return [(i, what) for i, what in enumerate(problems) if what]
 

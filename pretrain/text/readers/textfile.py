@@ -1,13 +1,13 @@
 """JSON lines and text files as Arrow batches of documents.
 
-A unit is a byte range of a plain file: the documents that begin in it, wherever they end. Compressed streams
-are read from their beginning (`stop` is None). A few BATCH_BYTES are kept in memory unless one document is
-larger.
+A unit is a byte range of a plain file: the documents that begin in it, wherever they end.
+Compressed streams are read from their beginning (`stop` is None). A few BATCH_BYTES are kept in
+memory unless one document is larger.
 
-A JSON line means what `json.loads(line)[column]` gives. A text file's documents are the bytes between its
-separator lines, which are exactly `<|endoftext|>` with LF or CR LF: all those bytes, line breaks included,
-and the whole file where there is no such line. What has only white space in it is no document. A byte order
-mark at the beginning of a file is not part of its text.
+A JSON line means what `json.loads(line)[column]` gives. A text file's documents are the bytes
+between its separator lines, which are exactly `<|endoftext|>` with LF or CR LF: all those bytes,
+line breaks included, and the whole file where there is no such line. What has only white space in
+it is no document. A byte order mark at the beginning of a file is not part of its text.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json
 
-from pretrain import arrow
-from pretrain.parquet import BATCH_BYTES, Report, utf8_problem
-from pretrain.source import Batch
+from pretrain.text import arrow
+from pretrain.text.readers.parquet import BATCH_BYTES, Report, utf8_problem
+from pretrain.text.source import Batch
 
 BLOCK = 4 << 20  # bytes read at a time
-OVERRUN = 1 << 16  # the same beyond the end of a unit, where only the rest of its last document is wanted
+OVERRUN = (
+    1 << 16
+)  # the same beyond the end of a unit, where only the rest of its last document is wanted
 BOM = b"\xef\xbb\xbf"
 SEPARATOR = b"<|endoftext|>"
 REACH = len(BOM + SEPARATOR) + 2  # bytes of the longest separator line, one that begins the file
@@ -71,7 +73,8 @@ def read_jsonl(
 
 
 def _line_blocks(file, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
-    """(offset, whole lines) of the lines that begin in bytes [start, stop), about BLOCK bytes at a time."""
+    """(offset, whole lines) of the lines that begin in bytes [start, stop), about BLOCK bytes at a
+    time."""
     at = max(0, start - 1)  # one byte before: if it is a line feed, a line begins at `start`
     blocks = _blocks(file, at, stop)
     begin = 0 if start == 0 else None  # where the pending lines begin, None: not found yet
@@ -89,7 +92,9 @@ def _line_blocks(file, start: int, stop: int | None) -> Iterator[tuple[int, byte
             return
         # the unit's last line is the one whose line feed is the first from byte stop - 1 on
         last = stop is not None and at >= stop
-        feed = block.find(b"\n", max(0, stop - 1 - (at - len(block)))) if last else block.rfind(b"\n")
+        feed = (
+            block.find(b"\n", max(0, stop - 1 - (at - len(block)))) if last else block.rfind(b"\n")
+        )
         if feed < 0:
             pending.append(block)
             continue
@@ -133,15 +138,18 @@ def _jsonl_batch(
                 empty.append(i)
         keep, texts = np.array(kept, np.int64), arrow.strings(texts)
     skipped = {"empty": rows[np.array(empty, np.int64)], "bad": rows[np.array(bad, np.int64)]}
-    return Batch(texts, rows[keep], len(lines), skipped, None, None if offsets is None else offsets[keep])
+    return Batch(
+        texts, rows[keep], len(lines), skipped, None, None if offsets is None else offsets[keep]
+    )
 
 
 def parse_lines_fast(block: bytes, lines: list[bytes], column: str) -> pa.Array | None:
-    """The texts of a block's lines by pyarrow, or None where it might see something else than json.loads.
+    """The texts of a block's lines by pyarrow, or None where it might see something else than
+    json.loads.
 
-    pyarrow reads values and does not care for lines; but lines that each begin with a brace and end with one
-    are one value each if there are as many lines as values. It does not check the UTF-8 of columns that it
-    leaves out, and does not tell null from a key that is missing.
+    pyarrow reads values and does not care for lines; but lines that each begin with a brace and end
+    with one are one value each if there are as many lines as values. It does not check the UTF-8 of
+    columns that it leaves out, and does not tell null from a key that is missing.
     """
     one_each = all(line[:1] == b"{" and line.rstrip(b" \t\r")[-1:] == b"}" for line in lines)
     if not one_each or len(block) > 1 << 30:
@@ -163,13 +171,16 @@ _DECODER = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
 
 
 def parse_line(line: bytes, column: str) -> str | None:
-    """The text of a line of JSON, "" for null, None for a blank line. Raises ValueError for a bad one."""
+    """The text of a line of JSON, "" for null, None for a blank line. Raises ValueError for a bad
+    one."""
     if not line.strip():
         return None
     try:
         value = _DECODER.decode(line.decode())
     except UnicodeDecodeError as e:
-        raise ValueError(f"invalid UTF-8 at byte {e.start} of the line (0x{line[e.start]:02x})") from None
+        raise ValueError(
+            f"invalid UTF-8 at byte {e.start} of the line (0x{line[e.start]:02x})"
+        ) from None
     except json.JSONDecodeError as e:
         what = f"{e.msg}: character {e.pos + 1} of the line"
         raise ValueError(f"not JSON ({what}){_array_hint(line)}") from None
@@ -188,18 +199,24 @@ def parse_line(line: bytes, column: str) -> str | None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{column!r} has half of a surrogate pair in it, which is no character") from None
+        raise ValueError(
+            f"{column!r} has half of a surrogate pair in it, which is no character"
+        ) from None
     return text
 
 
 def _array_hint(line: bytes) -> str:
-    return "; an array has to be rewritten as one object a line" if line.lstrip()[:1] == b"[" else ""
+    return (
+        "; an array has to be rewritten as one object a line" if line.lstrip()[:1] == b"[" else ""
+    )
 
 
 # ---- text
 
 
-def read_txt(file, start: int, stop: int | None, *, skip_rows: int, report: Report) -> Iterator[Batch]:
+def read_txt(
+    file, start: int, stop: int | None, *, skip_rows: int, report: Report
+) -> Iterator[Batch]:
     """The documents that begin in bytes [start, stop), without the first `skip_rows` of them."""
     pending: list[tuple[int, int, bytes]] = []  # (row, offset, text)
     size = 0
@@ -270,8 +287,11 @@ def _then_empty(blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield b""
 
 
-def _find_separator(buffer: bytearray, scan: int, base: int, *, end_of_file: bool) -> tuple[int, int] | None:
-    """Where in the buffer the next separator line begins and ends, None if there is no complete one."""
+def _find_separator(
+    buffer: bytearray, scan: int, base: int, *, end_of_file: bool
+) -> tuple[int, int] | None:
+    """Where in the buffer the next separator line begins and ends, None if there is no complete
+    one."""
     while (at := buffer.find(SEPARATOR, scan)) >= 0:
         scan = at + 1
         stop = at + len(SEPARATOR)
