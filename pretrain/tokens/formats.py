@@ -3,8 +3,8 @@
     tokens = open_tokens("data/fineweb_train_000001.bin")   # (tokens,) uint16, mapped, not read
 
     .npy    NumPy's format, version 1.0, 1-D little-endian uint16: ours, and build-nanogpt's
-    .bin    llm.c and modded-nanogpt: 256 int32 (magic 20240520, version 1, number of tokens, zeros),
-            then uint16
+    .bin    llm.c and modded-nanogpt: 256 int32 (magic 20240520, version 1, number of tokens,
+            zeros), then uint16
     .bin    nanoGPT: uint16 and nothing else, in files named train.bin and val.bin
 
 A folder holds one of these. Their names tell validation from training:
