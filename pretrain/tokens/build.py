@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.text import arrow
-from pretrain.text.documents import Position, Source, SourceError, plan_units
+from pretrain.text.documents import Position, Source, SourceError, Unit, plan_units
 from pretrain.tokens.estimate import estimate
 from pretrain.tokens.packing import Packer
 from pretrain.tokens.pipeline import UNIT_BYTES, TokenBatch, tokenize_units
@@ -84,6 +84,9 @@ class Progress:
     def batch(self, batch: TokenBatch) -> None:
         """The next batch of this pass is there."""
 
+    def unit(self, unit: Unit, tokens: int, text_bytes: int) -> None:
+        """A unit is tokenized and published; units come in any order."""
+
     def shard(self, shard: Shard) -> None:
         """A shard is finished and durable."""
 
@@ -148,9 +151,28 @@ def build_shards(
     case, and the same call continues.
     """
     name = name or source.name
+    with prepare_folder(source, folder, settings, name) as manifest:
+        total, batches = None, None
+        if manifest is None or not manifest.shards:
+            if expected_tokens is None:
+                expected = estimate(source, work.count_tokens, on_bad_document=work.on_bad_document)
+                expected_tokens = expected.tokens
+            manifest, total, batches = _begin(source, name, settings, work, expected_tokens)
+            manifest.save(folder)  # before any shard: what a crash leaves over is known to be ours
+        if not manifest.complete:
+            _pack(source, folder, settings, work, manifest=manifest, total=total, batches=batches)
+    return manifest
+
+
+@contextlib.contextmanager
+def prepare_folder(
+    source: Source, folder: Path, settings: Settings, name: str
+) -> Iterator[Manifest | None]:
+    """Hold the folder's lock, clear away what a killed build left, and give its manifest, None where
+    there is none. Raises BuildRefused where it was made from something else."""
     folder.mkdir(parents=True, exist_ok=True)
     with _folder_lock(folder):
-        manifest, total, batches = Manifest.load(folder), None, None
+        manifest = Manifest.load(folder)
         if manifest:
             for path in leftovers(folder, manifest):
                 path.unlink()
@@ -159,17 +181,23 @@ def build_shards(
         if manifest and manifest.shards:
             refuse_differences(folder, manifest, name, settings)
             refuse_changes(folder, manifest, source)
-        else:
-            if expected_tokens is None:
-                expected = estimate(source, work.count_tokens, on_bad_document=work.on_bad_document)
-                expected_tokens = expected.tokens
-            manifest, total, batches = _begin(source, name, settings, work, expected_tokens)
-            manifest.save(
-                folder
-            )  # before any shard: what a crash leaves over is then known to be ours
-        if not manifest.complete:
-            _pack(source, folder, settings, work, manifest=manifest, total=total, batches=batches)
-    return manifest
+        yield manifest
+
+
+def new_manifest(source: Source, name: str, settings: Settings) -> Manifest:
+    """The manifest of a folder that has no shards yet."""
+    tokenizer = {
+        "name": TOKENIZER_NAME,
+        "vocabulary_sha256": VOCABULARY_SHA256,
+        "end_of_text": END_OF_TEXT,
+    }
+    return Manifest(name, source.description, settings.given(), tokenizer, val_tokens=0)
+
+
+def no_documents(source: Source) -> str:
+    """What is said of a source that holds nothing."""
+    files = source.files[0].path if len(source.files) == 1 else f"all {len(source.files)} files"
+    return f"no document in {files}: whatever is there is empty or was left out"
 
 
 def _begin(
@@ -177,12 +205,7 @@ def _begin(
 ) -> tuple[Manifest, int | None, list[TokenBatch] | None]:
     """The manifest of a new folder; where tokens must be counted, their number, and they if not too
     many."""
-    tokenizer = {
-        "name": TOKENIZER_NAME,
-        "vocabulary_sha256": VOCABULARY_SHA256,
-        "end_of_text": END_OF_TEXT,
-    }
-    manifest = Manifest(name, source.description, settings.given(), tokenizer, val_tokens=0)
+    manifest = new_manifest(source, name, settings)
     share = settings.validation_share(expected_tokens)
     if not share:
         manifest.val_tokens = settings.val_tokens or settings.shard_size
@@ -198,11 +221,11 @@ def _begin(
         if settings.max_tokens and total >= settings.max_tokens:
             total = settings.max_tokens
             break
-    manifest.val_tokens = _share_of(total, share)
+    manifest.val_tokens = share_of(total, share)
     return manifest, total, kept
 
 
-def _share_of(total: int, share: float) -> int:
+def share_of(total: int, share: float) -> int:
     return max(1, int(share * total))
 
 
@@ -234,14 +257,11 @@ def _pack(
             if packer.done:
                 return
         if packer.tokens == 0:
-            files = (
-                source.files[0].path if len(source.files) == 1 else f"all {len(source.files)} files"
-            )
-            raise SourceError(f"no document in {files}: whatever is there is empty or was left out")
+            raise SourceError(no_documents(source))
         if (
             packer.only_validation and settings.default_val
         ):  # the estimate was too high: nothing to train on
-            manifest.val_tokens = _share_of(packer.tokens, SMALL_SHARE)
+            manifest.val_tokens = share_of(packer.tokens, SMALL_SHARE)
             manifest.shards, manifest.next = [], None
             packer.abort()
             manifest.save(folder)

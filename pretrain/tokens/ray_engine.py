@@ -1,0 +1,116 @@
+"""Units as tasks of a Ray cluster: one machine, or as many as `ray start` has joined.
+
+    with RayEngine("auto") as engine:          # the cluster that RAY_ADDRESS or this machine knows
+        build_staged(source, folder, settings, work, engine, expected_tokens=tokens)
+
+Ray decides where a task runs, and runs it again on another worker when its worker or its machine
+dies. What the tasks make lies in a folder that all machines see; nothing but its description comes
+back.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UserError, first_line
+from pretrain.tokens.staged import Result
+
+INSTALL = "pip install -r requirements-ray.txt"
+RETRIES = 20  # of a task whose worker died: machines come and go in a long build
+AHEAD = 2  # tasks handed over for each core: the next one is there when one ends
+ROOT = Path(__file__).parents[2]
+
+
+class RayError(UserError):
+    """Ray is missing, or there is no cluster."""
+
+
+class RayEngine:
+    """An Engine of pretrain.tokens.staged; a context manager that leaves the cluster at its end."""
+
+    def __init__(self, address: str | None = None, num_cpus: int | None = None):
+        """address: "auto", "host:port" or "ray://host:port"; None starts a cluster on this machine,
+        of num_cpus cores (default: all). Raises RayError."""
+        try:
+            import ray
+        except ImportError:
+            raise RayError(f"--engine ray: Ray is not installed; {INSTALL}") from None
+        # Ray's own lines stay in its logs: a build has one progress bar.
+        os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+        options: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "include_dashboard": False,
+            "runtime_env": _same_code(is_remote=address is not None),
+        }
+        if address is None:
+            options |= {"num_cpus": num_cpus}
+        else:
+            options |= {"address": address}
+            options.pop("include_dashboard")
+        try:
+            ray.init(**options)
+        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            raise RayError(
+                f"--ray_address {address}: no cluster there ({first_line(error)}); start one with "
+                "`ray start --head`, or leave --ray_address out for one on this machine"
+            ) from None
+        self.workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def __enter__(self) -> "RayEngine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        import ray
+
+        ray.shutdown()
+
+    def map(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Result]:
+        """See Engine: results as they come. Raises what the function raises, and RayError for a task
+        whose workers died again and again."""
+        import ray
+
+        remote = ray.remote(max_retries=RETRIES)(function)
+        waiting = iter(tasks)
+        running: dict[Any, Any] = {}
+        for task in itertools.islice(waiting, AHEAD * self.workers):
+            running[remote.remote(task)] = task
+        while running:
+            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            task = running.pop(done)
+            yield task, _result(done, task)
+            for task in itertools.islice(waiting, 1):
+                running[remote.remote(task)] = task
+
+
+def _result(reference: Any, task: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, Exception):
+            raise cause from None
+        raise
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.RayError) as error:
+        what = getattr(getattr(task, "unit", None), "file", None)
+        where = task.source.files[what].path if what is not None else f"shard {task.index}"
+        raise RayError(
+            f"{where}: its worker died {RETRIES + 1} times ({type(error).__name__}: often a lack of "
+            "memory, which `ray start --num-cpus N` with a smaller N eases); the same command "
+            "continues"
+        ) from None
+
+
+def _same_code(is_remote: bool) -> dict[str, Any]:
+    """What lets a worker import this package: its folder on this machine, a copy of it on others."""
+    variables = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    if is_remote:
+        package = str(Path(__file__).parents[1])
+        return {"py_modules": [package], "env_vars": variables}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {"env_vars": variables | {"PYTHONPATH": path}}

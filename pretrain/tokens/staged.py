@@ -1,0 +1,542 @@
+"""Shards in steps that any machine may take: plan, tokenize units, pack shards, each published.
+
+    manifest = build_staged(source, folder, settings, work, RayEngine("auto"))
+
+The steps meet in files alone, never in what an engine says it has done:
+
+    .staged/plan.json               what is built, frozen: another plan here is refused
+    .staged/unit-000003-8192.tokens the tokens of one unit, as uint16
+    .staged/unit-000003-8192.npz    where its documents lie, and which rows were left out
+    .staged/unit-000003-8192.json   published last: counts and hashes; without it no unit is there
+    NAME_train_000001.npy           a shard, packed from the units that overlap it
+    manifest.json                   which shards there are
+
+A unit or a shard may be made twice, by a retry or by a rerun: it has the same bytes and the same
+name, so that at-least-once execution gives exactly-once output. The bytes of shards and manifest
+are those of `build_shards` on one machine.
+
+Files are worked off in waves: what a wave's units hold is packed and removed before the next one,
+so that scratch holds the tokens of about two waves. All machines must see the same folder.
+"""
+
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pretrain import files
+from pretrain.errors import UserError
+from pretrain.text.documents import Position, Source, SourceError, Unit, plan_units
+from pretrain.tokens.build import (
+    SMALL_SHARE,
+    BuildRefused,
+    Settings,
+    Work,
+    new_manifest,
+    no_documents,
+    prepare_folder,
+    share_of,
+)
+from pretrain.tokens.packing import Packer
+from pretrain.tokens.pipeline import TokenBatch, tokenize_unit
+from pretrain.tokens.shards import TOKEN, Manifest, Shard
+from pretrain.tokens.tokenizer import Tokenizer
+
+SCRATCH = ".staged"
+PLAN = "plan.json"
+UNIT_BYTES = (
+    64 << 20
+)  # stored bytes of text in a unit: seconds of work, so that a retry costs little
+WAVE_SHARDS = 16  # of tokens in a wave, at least a unit for each worker
+
+Result = tuple[Any, Any]
+
+
+class Engine(Protocol):
+    """Where units run, and nothing else."""
+
+    workers: int
+
+    def map(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Result]:
+        """(task, function(task)) for every task, in the order in which they end. A worker that dies
+        is replaced and its task is run again; an exception of the function is raised here."""
+
+
+class DirectEngine:
+    """One task after the other, in this process."""
+
+    workers = 1
+
+    def map(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Result]:
+        """See Engine."""
+        for task in tasks:
+            yield task, function(task)
+
+
+class ScratchError(UserError):
+    """A unit's files are not what was published."""
+
+
+# ---- one unit's tokens, on the disk
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What is published of a unit: enough to say which shards it overlaps."""
+
+    unit: Unit
+    tokens: int
+    documents: int
+    rows: int  # consumed, with those that were left out
+    text_bytes: int
+    sha256: str  # of its tokens file, then of its index
+
+    @property
+    def key(self) -> str:
+        return unit_key(self.unit)
+
+
+def unit_key(unit: Unit) -> str:
+    return f"unit-{unit.file:06d}-{unit.start}"
+
+
+@dataclass(frozen=True)
+class UnitJob:
+    """A unit to tokenize into a scratch folder."""
+
+    source: Source
+    unit: Unit
+    tokenizer: Tokenizer
+    on_bad_document: str
+    scratch: Path
+
+
+def tokenize_to_scratch(job: UnitJob) -> UnitRecord:
+    """Tokenize a unit and publish it; at once where it is published already. Raises SourceError."""
+    if record := published(job.scratch, job.unit):
+        return record
+    key = unit_key(job.unit)
+    counts, rows, offsets, token_counts, text_bytes, next_row = [], [], [], [], 0, 0
+    skipped: dict[str, list[np.ndarray]] = {}
+    with files.atomic_write(job.scratch / f"{key}.tokens") as file:
+        batches = tokenize_unit((job.unit, 0), job.source, job.tokenizer, job.on_bad_document)
+        for batch in batches:
+            file.write(np.ascontiguousarray(batch.tokens, TOKEN))
+            counts.append(batch.counts)
+            rows.append(batch.rows)
+            offsets.append(batch.offsets)
+            token_counts.append(batch.token_counts)
+            for reason, left_out in batch.skipped.items():
+                skipped.setdefault(reason, []).append(left_out)
+            text_bytes, next_row = text_bytes + batch.text_bytes, batch.next_row
+    index = {"counts": _joined(counts), "rows": _joined(rows)}
+    for name, parts in (("offsets", offsets), ("token_counts", token_counts)):
+        if parts and all(part is not None for part in parts):
+            index[name] = _joined(parts)
+    index |= {f"skipped {reason}": _joined(parts) for reason, parts in skipped.items()}
+    with files.atomic_write(job.scratch / f"{key}.npz") as file:
+        np.savez(file, **index)
+    record = UnitRecord(
+        job.unit,
+        tokens=int(index["counts"].sum()),
+        documents=len(index["counts"]),
+        rows=next_row,
+        text_bytes=text_bytes,
+        sha256=_unit_sha256(job.scratch, key),
+    )
+    files.write_json(job.scratch / f"{key}.json", asdict(record))
+    return record
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+
+def _unit_sha256(scratch: Path, key: str) -> str:
+    parts = (files.sha256(scratch / f"{key}{ending}") for ending in (".tokens", ".npz"))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def published(scratch: Path, unit: Unit) -> UnitRecord | None:
+    """The record of a unit, where one is published."""
+    try:
+        record = json.loads((scratch / f"{unit_key(unit)}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    found = UnitRecord(**{**record, "unit": Unit(**record["unit"])})
+    same = replace(found.unit, first_row=None) == replace(unit, first_row=None)
+    return found if same else None
+
+
+def read_scratch(scratch: Path, record: UnitRecord) -> TokenBatch:
+    """A unit as one batch, its tokens mapped. Raises ScratchError for files that have changed."""
+    key = record.key
+    try:
+        if _unit_sha256(scratch, key) != record.sha256:
+            raise ScratchError(f"{scratch / key}: damaged; remove {scratch} and run it again")
+        with np.load(scratch / f"{key}.npz", allow_pickle=False) as index:
+            arrays = dict(index)
+    except FileNotFoundError as error:
+        raise ScratchError(f"{error.filename}: was removed; run the same command again") from None
+    tokens = np.zeros(0, TOKEN)
+    if record.tokens:  # an empty file cannot be mapped
+        tokens = np.memmap(scratch / f"{key}.tokens", TOKEN, "r")
+    prefix = "skipped "
+    return TokenBatch(
+        record.unit,
+        tokens,
+        arrays["counts"],
+        arrays["rows"],
+        arrays.get("offsets"),
+        record.rows,
+        {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)},
+        arrays.get("token_counts"),
+        record.text_bytes,
+    )
+
+
+# ---- one shard
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """A shard to pack: tokens [start, stop) of the source, out of `units`."""
+
+    folder: Path
+    name: str
+    index: int
+    start: int
+    stop: int
+    units: tuple[tuple[int, UnitRecord], ...]  # (number of its first token, unit), in order
+    first: Position | None  # where the shard begins; None: where the source does
+    is_last: bool  # nothing comes after: rows left out behind it are its own
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+class _OneShardManifest(Manifest):
+    """What Packer needs to know of the shards before; it is never written."""
+
+    def save(self, folder: Path) -> None:
+        pass
+
+
+def pack_shard(job: ShardJob) -> tuple[Shard, dict]:
+    """Write one shard; returns what the manifest says of it, and the position behind it."""
+    val = "val" if job.index == 0 else "train"
+    before = [Shard("", val, job.start, 0, "", {})] + [Shard("", val, 0, 0, "", {})] * job.index
+    manifest = _OneShardManifest(
+        job.name,
+        {},
+        {},
+        {},
+        val_tokens=job.size,
+        shards=before[: job.index],
+        next=job.first.to_json() if job.first else None,
+    )
+    packer = Packer(
+        job.folder,
+        manifest,
+        shard_size=job.size,
+        max_tokens=None if job.is_last else job.stop,
+        total_tokens=job.stop,
+    )
+    packer.resumed = 0
+    try:
+        for number, record in job.units:
+            batch = read_scratch(job.folder / SCRATCH, record)
+            if number < job.start:  # its beginning belongs to the shard before
+                packer.resumed = min(job.start - number, len(batch.tokens))
+                batch = _without_rows_before(batch, packer.resumed)
+            packer.add(batch)
+        if job.is_last:
+            packer.finish()
+    finally:
+        packer.abort()
+    return manifest.shards[job.index], manifest.next or {}
+
+
+def _without_rows_before(batch: TokenBatch, token: int) -> TokenBatch:
+    """The batch without the rows left out up to the document that holds its token `token` - 1: they
+    are counted with the shard that has this one."""
+    document = int(np.searchsorted(np.cumsum(batch.counts), token))
+    row = batch.rows[document]
+    return replace(batch, skipped={why: rows[rows > row] for why, rows in batch.skipped.items()})
+
+
+# ---- the whole
+
+
+def build_staged(
+    source: Source,
+    folder: Path,
+    settings: Settings,
+    work: Work,
+    engine: Engine,
+    *,
+    name: str | None = None,
+    expected_tokens: int,
+) -> Manifest:
+    """Like build_shards, with units and shards made by an engine's workers. The same call after any
+    interruption goes on with the units and shards that are published.
+
+    Raises like build_shards, and BuildRefused where the scratch holds another plan.
+    """
+    with prepare_folder(source, folder, settings, name or source.name) as manifest:
+        build = StagedBuild(source, folder, settings, work, engine)
+        if not (manifest and manifest.complete):
+            manifest = build.run(manifest, name or source.name, expected_tokens)
+        shutil.rmtree(build.scratch, ignore_errors=True)
+    return manifest
+
+
+class StagedBuild:
+    """One build: the units that are tokenized and not yet packed, and the tokens before them."""
+
+    def __init__(
+        self, source: Source, folder: Path, settings: Settings, work: Work, engine: Engine
+    ):
+        self.source, self.folder, self.settings = source, folder, settings
+        self.work, self.engine = work, engine
+        self.scratch = folder / SCRATCH
+        self.units: list[UnitRecord] = []  # waiting to be packed, in order
+        self.start = 0  # number of their first token
+
+    def run(self, manifest: Manifest | None, name: str, expected_tokens: int) -> Manifest:
+        """Make what the manifest lacks, or all of it."""
+        self._freeze_plan()
+        share = None
+        if manifest is None or not manifest.shards:
+            manifest = new_manifest(self.source, name, self.settings)
+            share = self.settings.validation_share(expected_tokens)
+            manifest.val_tokens = self.settings.val_tokens or self.settings.shard_size
+        self.work.progress.begin("tokenizing", manifest)
+        resume = Position.from_json(manifest.next) if manifest.next else None
+        waves = self._waves(resume)
+        for last, wave in _with_last(waves):
+            self._tokenize(wave)
+            if resume is not None:
+                self._find_place(manifest, resume)
+                resume = None
+            if share and not last and not self._has_enough():
+                continue  # the size of shard 0 follows from the number of all tokens
+            if share:
+                manifest.val_tokens, share = share_of(self._total(), share), None
+            if not manifest.shards:
+                manifest.save(self.folder)
+            self._pack(manifest, last)
+            if manifest.complete:
+                break
+        if manifest.tokens == 0:
+            raise SourceError(no_documents(self.source))
+        if len(manifest.shards) == 1 and self.settings.default_val:
+            return self._again_with_a_share(manifest)
+        return manifest
+
+    def _again_with_a_share(self, manifest: Manifest) -> Manifest:
+        """The estimate was too high, and nothing is left to train on: a tenth for validation."""
+        if manifest.val_tokens == share_of(manifest.tokens, SMALL_SHARE):
+            return manifest
+        manifest.val_tokens = share_of(manifest.tokens, SMALL_SHARE)
+        manifest.shards, manifest.next, manifest.complete = [], None, False
+        manifest.save(self.folder)
+        self.units, self.start = [], 0
+        for last, wave in _with_last(self._waves(None)):
+            self._tokenize(wave)
+            self._pack(manifest, last)
+        return manifest
+
+    def _freeze_plan(self) -> None:
+        """Write down what is built; refuse to go on with the scratch of something else."""
+        plan = {
+            "source": self.source.description,
+            "settings": self.settings.given(),
+            "unit_bytes": UNIT_BYTES,
+            "on_bad_document": self.work.on_bad_document,
+        }
+        text = json.dumps(plan, sort_keys=True)
+        plan["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        self.scratch.mkdir(exist_ok=True)
+        path = self.scratch / PLAN
+        if path.exists():
+            if json.loads(path.read_text(encoding="utf-8")).get("sha256") != plan["sha256"]:
+                raise BuildRefused(
+                    f"{path}: another plan is under way here; give the settings it was begun with, "
+                    f"or remove {self.scratch}"
+                )
+            return
+        files.write_json(path, plan)
+
+    def _waves(self, resume: Position | None) -> Iterator[list[Unit]]:
+        """The units from a position on, as many at a time as make a wave. Each file's units are
+        planned on their own, so that they are the same in every run."""
+        size = max(WAVE_SHARDS * 2 * self.settings.shard_size, self.engine.workers * UNIT_BYTES)
+        wave: list[Unit] = []
+        first_file = resume.file if resume else 0
+        for index in range(first_file, len(self.source.files)):
+            units = file_units(self.source, index)
+            for unit in _from_position(units, resume if index == first_file else None):
+                wave.append(unit)
+                # Stored bytes stand for tokens' bytes: compressed text has fewer, plain text more.
+                if sum(each.num_bytes for each in wave) >= size:
+                    yield wave
+                    wave = []
+        yield wave
+
+    def _tokenize(self, wave: list[Unit]) -> None:
+        """Have the wave's units published, and note them in the source's order."""
+        jobs = [
+            UnitJob(self.source, unit, self.work.tokenizer, self.work.on_bad_document, self.scratch)
+            for unit in wave
+        ]
+        records: dict[str, UnitRecord] = {}
+        for _, record in self.engine.map(tokenize_to_scratch, jobs):
+            records[record.key] = record
+            self.work.progress.unit(record.unit, record.tokens, record.text_bytes)
+        for unit in wave:
+            record, row = records[unit_key(unit)], unit.first_row
+            if row is None and self.units:  # of text files: known once those before are counted
+                before = self.units[-1]
+                if before.unit.file == unit.file and before.unit.first_row is not None:
+                    row = before.unit.first_row + before.rows
+            self.units.append(replace(record, unit=replace(unit, first_row=row)))
+
+    def _find_place(self, manifest: Manifest, resume: Position) -> None:
+        """Number the tokens of the units from the position at which the manifest ends."""
+        first = self.units[0]
+        batch = read_scratch(self.scratch, first)
+        if first.unit.first_row is None:  # a text file's: the position has the row's byte
+            place = int(np.searchsorted(batch.offsets, resume.offset))
+            first_row = resume.row - int(batch.rows[place])
+            known, self.units = self.units, []
+            for record in known:
+                if record.unit.file == first.unit.file:
+                    record = replace(record, unit=replace(record.unit, first_row=first_row))
+                    first_row += record.rows
+                self.units.append(record)
+            first = self.units[0]
+        place = int(np.searchsorted(batch.rows, resume.row - first.unit.first_row))
+        before = int(batch.counts[:place].sum()) + resume.token
+        self.start = manifest.tokens - before
+
+    def _total(self) -> int:
+        """All tokens up to the end of the units at hand, at most max_tokens."""
+        total = self.start + sum(record.tokens for record in self.units)
+        return min(total, self.settings.max_tokens or total)
+
+    def _has_enough(self) -> bool:
+        return self.settings.max_tokens is not None and self._total() >= self.settings.max_tokens
+
+    def _pack(self, manifest: Manifest, is_last: bool) -> None:
+        """Pack every shard whose tokens are at hand, with is_last also one that is not full."""
+        total, numbers, at = self._total(), [], self.start
+        for record in self.units:
+            numbers.append(at)
+            at += record.tokens
+        is_last = is_last or self._has_enough()
+        jobs: list[ShardJob] = []
+        start = manifest.tokens
+        while start < total:
+            index = len(manifest.shards) + len(jobs)
+            size = manifest.val_tokens if index == 0 else self.settings.shard_size
+            stop = min(start + size, total)
+            # Whether a full shard is the last one shows when there is a token behind it.
+            if not is_last and stop + 1 > total:
+                break
+            ends_all = is_last and stop == total and not self._has_enough()
+            jobs.append(self._shard_job(manifest.name, index, (start, stop), numbers, ends_all))
+            start = stop
+        made = dict(self.engine.map(pack_shard, jobs))
+        for job in jobs:
+            shard, behind = made[job]
+            manifest.shards.append(shard)
+            manifest.next = behind
+            manifest.complete = is_last and job.stop == total
+            manifest.save(self.folder)
+            self.work.progress.shard(shard)
+        self._drop_packed(manifest.tokens)
+
+    def _shard_job(
+        self, name: str, index: int, place: tuple[int, int], numbers: list[int], ends_all: bool
+    ) -> ShardJob:
+        """The job of tokens place[0] to place[1], with the units from the one that holds the token
+        before them to that of the last one. ends_all: nothing comes after."""
+        start, stop = place
+        ends = [number + record.tokens for number, record in zip(numbers, self.units, strict=True)]
+        begin = 0 if start == 0 else int(np.searchsorted(ends, start))
+        end = len(ends) if ends_all else int(np.searchsorted(ends, stop)) + 1
+        units = tuple(zip(numbers[begin:end], self.units[begin:end], strict=True))
+        first = None if start == 0 else self._position(units[0], start)
+        return ShardJob(
+            self.folder,
+            name,
+            index,
+            start,
+            stop,
+            units,
+            first,
+            ends_all,
+        )
+
+    def _position(self, numbered: tuple[int, UnitRecord], token: int) -> Position:
+        """Where token number `token` comes from, said as what of the document before it is used."""
+        number, record = numbered
+        batch = read_scratch(self.scratch, record)
+        ends = np.cumsum(batch.counts)
+        last = int(np.searchsorted(ends, token - number))
+        used = token - number - int(ends[last]) + int(batch.counts[last])
+        offset = None if batch.offsets is None else int(batch.offsets[last])
+        row = (record.unit.first_row or 0) + int(batch.rows[last])
+        return Position(record.unit.file, row, used, offset)
+
+    def _drop_packed(self, packed: int) -> None:
+        """Remove the units before the one that holds the last token in a shard."""
+        while self.units and self.start + self.units[0].tokens < packed:
+            record = self.units.pop(0)
+            self.start += record.tokens
+            for ending in (".json", ".npz", ".tokens"):  # first what says that it is there
+                (self.scratch / f"{record.key}{ending}").unlink(missing_ok=True)
+
+
+def file_units(source: Source, index: int) -> Iterator[Unit]:
+    """All units of one file."""
+    start = Position(index, 0)
+    units = plan_units(source, unit_bytes=UNIT_BYTES, resume=start)
+    return itertools.takewhile(lambda unit: unit.file == index, units)
+
+
+def _from_position(units: Iterator[Unit], position: Position | None) -> Iterator[Unit]:
+    """A file's units from the one that holds the row of a position."""
+    waiting: Unit | None = None
+    for unit in units:
+        if waiting is not None and not (position and _begins_by(unit, position)):
+            yield waiting
+            position = None
+        waiting = unit
+    if waiting is not None:
+        yield waiting
+
+
+def _begins_by(unit: Unit, position: Position) -> bool:
+    """Whether a position's row is not before the unit's first."""
+    if position.offset is not None:
+        return unit.start <= position.offset
+    return unit.first_row is not None and unit.first_row <= position.row
+
+
+def _with_last(items: Iterable[Any]) -> Iterator[tuple[bool, Any]]:
+    """(whether it is the last one, item)."""
+    items = iter(items)
+    item = next(items)
+    for following in items:
+        yield False, item
+        item = following
+    yield True, item

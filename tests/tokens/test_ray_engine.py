@@ -1,0 +1,162 @@
+"""Shards from a Ray cluster: the bytes of one machine, whichever worker or machine dies."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.text.documents import SourceError, local_source
+from pretrain.tokens import staged
+from pretrain.tokens.build import Settings, Work, build_shards
+from pretrain.tokens.ray_engine import RayEngine, RayError
+from pretrain.tokens.tokenizer import Tokenizer
+
+ray = pytest.importorskip("ray")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(280)]
+ROOT = Path(__file__).parents[2]
+SETTINGS = Settings(shard_size=3000)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    chance = random.Random(5)
+    for number in range(6):
+        texts = (" ".join(chance.choices(["mill", "river", "the"], k=80)) for _ in range(40))
+        lines = [json.dumps({"text": text}) for text in texts]
+        (folder / f"{number}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    build_shards(local_source([corpus]), folder, SETTINGS, work(), expected_tokens=10**6)
+    return content(folder)
+
+
+def work():
+    return Work(Tokenizer("tiktoken"))
+
+
+def content(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".npy", ".json")}
+
+
+@pytest.fixture
+def cluster():
+    """Two machines of one core each, beside a head without any."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster.wait_for_nodes()
+    yield cluster, nodes
+    ray.shutdown()
+    cluster.shutdown()
+
+
+class Watched(RayEngine):
+    """Calls `act` when the first results are there."""
+
+    def __init__(self, address, act):
+        super().__init__(address)
+        self.act, self.seen = act, 0
+
+    def map(self, function, tasks):
+        for pair in super().map(function, tasks):
+            self.seen += 1
+            if self.seen == 2:
+                self.act()
+            yield pair
+
+
+def test_a_machine_that_dies_in_the_middle_of_its_units_changes_no_byte(
+    cluster, corpus, expected, tmp_path, monkeypatch
+):
+    machines, nodes = cluster
+    monkeypatch.setattr(staged, "UNIT_BYTES", 2000)
+    with Watched(machines.address, lambda: machines.remove_node(nodes[1])) as engine:
+        assert engine.workers == 2
+        staged.build_staged(
+            local_source([corpus]), tmp_path, SETTINGS, work(), engine, expected_tokens=10**6
+        )
+    assert content(tmp_path) == expected
+
+
+def kill_a_worker():
+    """SIGKILL to a process of this cluster that runs a task."""
+    lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
+    workers = [line.split() for line in lines.stdout.splitlines() if "ray::tokenize" in line]
+    for pid, *_ in workers[:1]:
+        os.kill(int(pid), signal.SIGKILL)
+    return len(workers)
+
+
+def test_a_killed_worker_changes_no_byte_and_a_unit_that_fails_is_named(
+    corpus, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(staged, "UNIT_BYTES", 2000)
+    killed = []
+    with Watched(None, lambda: killed.append(kill_a_worker())) as engine:
+        staged.build_staged(
+            local_source([corpus]), tmp_path / "a", SETTINGS, work(), engine, expected_tokens=10**6
+        )
+        assert content(tmp_path / "a") == expected and killed[0] > 0
+
+        bad = tmp_path / "bad.jsonl"
+        bad.write_text('{"text": "fine"}\n' * 300 + "{broken\n" + '{"text": "fine"}\n' * 300)
+        engine.act = lambda: None
+        with pytest.raises(SourceError, match=r"bad\.jsonl, line 301"):
+            staged.build_staged(
+                local_source([bad]), tmp_path / "b", SETTINGS, work(), engine, expected_tokens=10**6
+            )
+        assert not list((tmp_path / "b").glob("*.npy"))
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from pretrain.text.documents import local_source
+from pretrain.tokens import staged
+from pretrain.tokens.build import Settings, Work
+from pretrain.tokens.ray_engine import RayEngine
+from pretrain.tokens.tokenizer import Tokenizer
+
+staged.WAVE_SHARDS = 1
+with RayEngine(num_cpus=1) as engine:
+    staged.build_staged(
+        local_source([sys.argv[1]]), Path(sys.argv[2]), Settings(shard_size=3000),
+        Work(Tokenizer("tiktoken")), engine, expected_tokens=10**6,
+    )
+"""
+
+
+@pytest.mark.parametrize("step", ["plan.json", "unit-000000-0.json", "*_train_000002.npy"])
+def test_the_driver_is_killed_in_a_step_and_the_same_command_goes_on(
+    corpus, expected, tmp_path, step
+):
+    command = [sys.executable, "-c", DRIVER, str(corpus), str(tmp_path / "out")]
+    driver = subprocess.Popen(command, cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").rglob(step)) and driver.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    driver.kill()
+    driver.wait()
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+    assert content(tmp_path / "out") == expected
+
+
+def test_no_cluster_and_no_ray_are_said_in_a_line(monkeypatch):
+    with pytest.raises(RayError, match="--ray_address 127.0.0.1:1: no cluster there"):
+        RayEngine("127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RayError, match="requirements-ray.txt"):
+        RayEngine()
