@@ -11,6 +11,7 @@ back.
 import itertools
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class RayEngine:
             options |= {"address": address}
             options.pop("include_dashboard")
         try:
+            _reach(address)
             ray.init(**options)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             raise RayError(
@@ -69,8 +71,8 @@ class RayEngine:
         ray.shutdown()
 
     def map(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Result]:
-        """See Engine: results as they come. Raises what the function raises, and RayError for a task
-        whose workers died again and again."""
+        """See Engine: results as they come. Raises what the function raises, and RayError for a
+        task whose workers died again and again."""
         import ray
 
         remote = ray.remote(max_retries=RETRIES)(function)
@@ -84,6 +86,13 @@ class RayEngine:
             yield task, _result(done, task)
             for task in itertools.islice(waiting, 1):
                 running[remote.remote(task)] = task
+
+
+def _reach(address: str | None) -> None:
+    """Raise OSError where nobody listens: Ray itself would wait for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _result(reference: Any, task: Any) -> Any:
@@ -100,8 +109,8 @@ def _result(reference: Any, task: Any) -> Any:
         what = getattr(getattr(task, "unit", None), "file", None)
         where = task.source.files[what].path if what is not None else f"shard {task.index}"
         raise RayError(
-            f"{where}: its worker died {RETRIES + 1} times ({type(error).__name__}: often a lack of "
-            "memory, which `ray start --num-cpus N` with a smaller N eases); the same command "
+            f"{where}: its worker died {RETRIES + 1} times ({type(error).__name__}: often a "
+            "lack of memory, which `ray start --num-cpus N` with a smaller N eases); the same command "
             "continues"
         ) from None
 

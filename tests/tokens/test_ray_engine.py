@@ -138,14 +138,11 @@ with RayEngine(num_cpus=1) as engine:
 """
 
 
-@pytest.mark.parametrize("step", ["plan.json", "unit-000000-0.json", "*_train_000002.npy"])
-def test_the_driver_is_killed_in_a_step_and_the_same_command_goes_on(
-    corpus, expected, tmp_path, step
-):
+def test_a_killed_driver_leaves_what_the_same_command_goes_on_from(corpus, expected, tmp_path):
     command = [sys.executable, "-c", DRIVER, str(corpus), str(tmp_path / "out")]
     driver = subprocess.Popen(command, cwd=ROOT)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "out").rglob(step)) and driver.poll() is None:
+    while not list((tmp_path / "out").rglob("unit-000000-0.json")) and driver.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     driver.kill()
@@ -155,8 +152,8 @@ def test_the_driver_is_killed_in_a_step_and_the_same_command_goes_on(
 
 
 def test_no_cluster_and_no_ray_are_said_in_a_line(monkeypatch):
-    with pytest.raises(RayError, match="--ray_address 127.0.0.1:1: no cluster there"):
+    with pytest.raises(RayError, match=r"--ray_address 127\.0\.0\.1:1: no cluster there"):
         RayEngine("127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(RayError, match="requirements-ray.txt"):
+    with pytest.raises(RayError, match=r"requirements-ray\.txt"):
         RayEngine()

@@ -3,6 +3,10 @@
 import json
 import random
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +18,8 @@ from pretrain.tokens import staged
 from pretrain.tokens.build import BuildRefused, Settings, Work, build_shards
 from pretrain.tokens.staged import DirectEngine, build_staged
 from pretrain.tokens.tokenizer import Tokenizer, load_encoding
+
+ROOT = Path(__file__).parents[2]
 
 
 class Killed(Exception):
@@ -143,6 +149,42 @@ def test_a_rerun_tokenizes_no_unit_that_is_published(corpus, tmp_path, monkeypat
     )
     build_staged(source, tmp_path / "s", settings, work(), DirectEngine(), expected_tokens=10**6)
     assert made and not {f"{key}.json" for key in made} & there
+
+
+PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+from pretrain import files
+from pretrain.text.documents import local_source
+from pretrain.tokens import staged
+from pretrain.tokens.build import Settings, Work
+from pretrain.tokens.tokenizer import Tokenizer
+
+lives, publish = int(sys.argv[3]), os.replace
+def mortal(*names):
+    global lives
+    lives -= 1
+    if lives == 0:
+        os.kill(os.getpid(), signal.SIGKILL)  # before what was written has its name
+    publish(*names)
+os.replace = mortal
+staged.UNIT_BYTES, staged.WAVE_SHARDS = 9000, 1
+work = Work(Tokenizer("tiktoken"), on_bad_document="skip")
+source, settings = local_source([sys.argv[1]]), Settings(shard_size=1500)
+staged.build_staged(
+    source, Path(sys.argv[2]), settings, work, staged.DirectEngine(), expected_tokens=10**6
+)
+"""
+
+
+@pytest.mark.parametrize("lives", [1, 20, 42])
+def test_a_process_killed_before_a_publication_goes_on_to_the_same_bytes(corpus, tmp_path, lives):
+    command = [sys.executable, "-c", PROGRAM, str(corpus), str(tmp_path / "s")]
+    first = subprocess.run([*command, str(lives)], cwd=ROOT, check=False)
+    assert first.returncode == -signal.SIGKILL
+    assert subprocess.run([*command, "0"], cwd=ROOT, check=False).returncode == 0
+    source, settings = local_source([corpus]), Settings(shard_size=1500)
+    assert content(tmp_path / "s") == expected(source, settings, tmp_path / "one", 10**6)
 
 
 def test_scratch_stays_within_about_two_waves(corpus, tmp_path, monkeypatch):
