@@ -24,6 +24,7 @@ import pytest
 from loopback_hub import LoopbackHub
 
 import fineweb
+from pretrain.files import lock
 from pretrain.text.documents import Patience, SourceError, hub_source, local_source
 from pretrain.tokens import build
 from pretrain.tokens.build import BuildRefused, Settings, Work, build_shards
@@ -518,7 +519,7 @@ def test_a_rerun_continues_without_reading_what_came_before(tmp_path, texts, kin
     class Interrupted(Exception):
         pass
 
-    class StopAfter(build.Progress):
+    class StopAfter(build.Callbacks):
         def shard(self, shard):
             if shard.file.endswith("_train_000003.npy"):
                 raise Interrupted
@@ -590,7 +591,7 @@ def test_documents_may_lie_elsewhere_when_a_build_goes_on(tmp_path, texts):
 
 
 def test_one_process_at_a_time_writes_a_folder(tmp_path, mixed, capsys):
-    with build._folder_lock(tmp_path):
+    with lock(tmp_path / ".lock", "locked"):
         assert main("--source", mixed[0], "--out_dir", tmp_path) == 1
     assert "another process" in capsys.readouterr().err
 
@@ -673,9 +674,9 @@ def test_the_sources_own_token_count_is_compared_in_sum(tmp_path, texts, capsys)
         (["--val_fraction", "0.1"], ["--source only"]),
         (
             ["--val_tokens", "10", "--max_tokens", "10", "--check_every", "-1"],
-            ["nothing", "--check_every -1"],
+            ["nothing", "--check_every: -1 must be at least 0"],
         ),
-        (["--shard_size", "0"], ["'0' is not a whole number"]),
+        (["--shard_size", "0"], ["--shard_size: 0 must be at least 1"]),
         (["--shard_name", "a/b"], ["cannot begin a file name"]),
         (["--tokens", "1"], ["--tokens"]),
     ],
@@ -826,10 +827,9 @@ def test_a_hub_that_is_gone_ends_in_one_line_and_a_rerun_goes_on_at_its_commit(
         "pretrain.text.documents.Patience",
         lambda: Patience(give_up_seconds=1, first_wait_seconds=0.01),
     )
-    monkeypatch.setattr("pretrain.tokens.pipeline.MAX_THREADS", 1)
-    monkeypatch.setattr(
-        "pretrain.tokens.pipeline.HUB_THREADS", 1
-    )  # requests come in order: the last one fails
+    monkeypatch.setattr("pretrain.tokens.engines.MAX_THREADS", 1)
+    # requests come in order: the last one fails
+    monkeypatch.setattr("pretrain.tokens.engines.NETWORK_THREADS", 1)
     with LoopbackHub(files) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         assert main("--shard_size", 3_000, "--out_dir", tmp_path / "other") == 0

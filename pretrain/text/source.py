@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from pretrain.errors import UserError
+
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
 
-class SourceError(RuntimeError):
+class SourceError(UserError):
     """A source cannot be read. One line for the user: which file and row, what is wrong, what to
     do."""
 

@@ -1,12 +1,13 @@
 """Build a folder of shards from a source: go on from what is there, refuse what does not fit.
 
-    manifest = build_shards(local_source(["input.txt"]), Path("data/input"), Settings(),
-    Work(Tokenizer()))
+    source, work = local_source(["input.txt"]), Work(Tokenizer())
+    manifest = build_shards(source, Path("data/input"), Settings(), work)
 
-The same call after any interruption continues; on a finished folder it returns at once.
+The same call after any interruption continues; on a finished folder it returns at once. The steps
+are functions of their own, so that another engine can take them one by one: `prepare_folder`, the
+plan (`plan_units`), `tokenize_unit`, `Packer`, `rebuild_shard`, and `verify_folder`.
 """
 
-import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,9 +18,16 @@ import numpy as np
 from pretrain.text import arrow
 from pretrain.text.documents import Position, Source, SourceError, Unit, plan_units
 from pretrain.tokens.estimate import estimate
+from pretrain.tokens.folder import (
+    BuildRefused,
+    damaged_shards,
+    prepare_folder,
+    refuse_changes,
+    refuse_differences,
+)
 from pretrain.tokens.packing import Packer
 from pretrain.tokens.pipeline import UNIT_BYTES, TokenBatch, tokenize_units
-from pretrain.tokens.shards import MANIFEST, NAME_PATTERN, Manifest, Shard
+from pretrain.tokens.shards import MANIFEST, Manifest, Shard, ShardError, ShardWriter
 from pretrain.tokens.tokenizer import (
     END_OF_TEXT,
     TOKENIZER_NAME,
@@ -28,16 +36,20 @@ from pretrain.tokens.tokenizer import (
     TokenMismatch,
 )
 
+__all__ = [
+    "BuildRefused",
+    "Callbacks",
+    "Settings",
+    "Work",
+    "build_shards",
+    "prepare_folder",
+    "refuse_changes",
+    "refuse_differences",
+]
+
 SMALL_SHARE = 0.1  # of a source with fewer than two shards goes to validation
-KEPT_BYTES = (
-    400_000_000  # of tokens of a source that is counted first: if it has no more, it is read once
-)
+KEPT_BYTES = 400_000_000  # of tokens that are counted first: where there are no more, read once
 SAMPLE_BYTES = 1 << 18  # of text are tokenized to estimate how many tokens a batch has
-LOCK = ".lock"
-
-
-class BuildRefused(ValueError):
-    """The folder and what is asked do not fit together; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +87,12 @@ class Settings:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-class Progress:
-    """Hears how a build goes on; this one keeps it to itself."""
+class Callbacks:
+    """Callbacks of a build; the default ignores them."""
 
     def begin(self, what: str, manifest: Manifest) -> None:
-        """A pass over the documents begins where the manifest ends: "counting" or "writing"."""
+        """A pass over documents begins: "counting" or "writing" where the manifest ends,
+        "repairing" at a shard that is made again."""
 
     def batch(self, batch: TokenBatch) -> None:
         """The next batch of this pass is there."""
@@ -99,7 +112,7 @@ class Work:
     num_proc: int = 1
     unit_bytes: int = UNIT_BYTES
     on_bad_document: str = "stop"
-    progress: Progress = field(default_factory=Progress)
+    progress: Callbacks = field(default_factory=Callbacks)
 
     def count_tokens(self, texts) -> int:
         """About how many tokens an Arrow array of documents has, from the first of them."""
@@ -111,16 +124,19 @@ class Work:
             tokens = sample.nbytes // 4
         return round(tokens * ends[-1] / ends[len(sample) - 1]) if len(sample) else 0
 
-    def batches(self, what: str, source: Source, manifest: Manifest) -> Iterator[TokenBatch]:
-        """The source's tokens from the document at which the manifest ends, all of this one, to the
-        last."""
+    def batches(
+        self, what: str, source: Source, manifest: Manifest, start: Position | None = None
+    ) -> Iterator[TokenBatch]:
+        """The source's tokens from a position's document on, all of this one, to the last. Without
+        `start` it is where the manifest ends."""
         self.progress.begin(what, manifest)
-        start = Position.from_json(manifest.next) if manifest.next else None
+        if start is None and manifest.next:
+            start = Position.from_json(manifest.next)
         units = plan_units(source, unit_bytes=self.unit_bytes, resume=start)
         first = next(units, None)
         if first is None:
             return
-        skip_rows = start.row - first.first_row if start and start.file == first.file else 0
+        skip_rows = start.row - (first.first_row or 0) if start and start.file == first.file else 0
         for batch in tokenize_units(
             source,
             itertools.chain([first], units),
@@ -145,15 +161,19 @@ def build_shards(
     """Write the source's shards into `folder`, or those still missing, and return the manifest.
 
     `name` begins the shards' file names (default: the source's). `expected_tokens` tells whether
-    the source has fewer than two shards (default: an estimate). Raises BuildRefused when the folder
-    holds something else or another process writes it, SourceError when the source cannot be read,
-    ShardError for a damaged manifest, OSError when the disk is full. Finished shards stay in any
-    case, and the same call continues.
+    the source has fewer than two shards (default: an estimate). Shards that the manifest lists and
+    that are not there are made again first, to the same bytes. Raises BuildRefused when the folder
+    holds something else, files.Locked when another process writes it, SourceError when the source
+    cannot be read, ShardError for a damaged manifest, OSError when the disk is full. Finished
+    shards stay in any case, and the same call continues.
     """
     name = name or source.name
     with prepare_folder(source, folder, settings, name) as manifest:
         total, batches = None, None
-        if manifest is None or not manifest.shards:
+        if manifest and manifest.shards:
+            for shard in damaged_shards(folder, manifest):
+                rebuild_shard(source, folder, manifest, shard, work)
+        else:
             if expected_tokens is None:
                 expected = estimate(source, work.count_tokens, on_bad_document=work.on_bad_document)
                 expected_tokens = expected.tokens
@@ -164,24 +184,29 @@ def build_shards(
     return manifest
 
 
-@contextlib.contextmanager
-def prepare_folder(
-    source: Source, folder: Path, settings: Settings, name: str
-) -> Iterator[Manifest | None]:
-    """Hold the folder's lock, clear away what a killed build left, and give its manifest, None where
-    there is none. Raises BuildRefused where it was made from something else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with _folder_lock(folder):
-        manifest = Manifest.load(folder)
-        if manifest:
-            for path in leftovers(folder, manifest):
-                path.unlink()
-        else:
-            _refuse_foreign_shards(folder)
-        if manifest and manifest.shards:
-            refuse_differences(folder, manifest, name, settings)
-            refuse_changes(folder, manifest, source)
-        yield manifest
+def rebuild_shard(
+    source: Source, folder: Path, manifest: Manifest, shard: Shard, work: Work
+) -> None:
+    """Make one listed shard again, from its recorded position. Raises ShardError where the
+    documents do not give its recorded bytes, and leaves the folder as it was."""
+    if not shard.first:
+        raise ShardError(
+            f"{folder / shard.file}: missing, and {MANIFEST} does not say where it begins; "
+            "restore it, or remove the folder and build it again"
+        )
+    start = Position.from_json(shard.first)
+    skip, batches = start.token, work.batches("repairing", source, manifest, start)
+    writer = ShardWriter(folder / shard.file, shard.tokens)
+    try:
+        for batch in batches:
+            tokens = batch.tokens[skip : skip + shard.tokens - writer.tokens]
+            skip = max(0, skip - len(batch.tokens))
+            writer.write(tokens)
+            if writer.tokens == shard.tokens:
+                break
+        writer.close(shard.sha256)
+    finally:
+        writer.abort()
 
 
 def new_manifest(source: Source, name: str, settings: Settings) -> Manifest:
@@ -210,11 +235,12 @@ def _begin(
     if not share:
         manifest.val_tokens = settings.val_tokens or settings.shard_size
         return manifest, None, None
-    total, held, kept = 0, 0, []
+    kept: list[TokenBatch] | None = []
+    total, kept_bytes = 0, 0
     for batch in work.batches("counting", source, manifest):
         total += len(batch.tokens)
-        held += batch.tokens.nbytes + 3 * batch.counts.nbytes  # as many are rows and offsets
-        if held > KEPT_BYTES:
+        kept_bytes += batch.tokens.nbytes + 3 * batch.counts.nbytes  # so are rows and offsets
+        if kept_bytes > KEPT_BYTES:
             kept = None
         elif kept is not None:
             kept.append(batch)
@@ -226,6 +252,7 @@ def _begin(
 
 
 def share_of(total: int, share: float) -> int:
+    """Tokens for validation."""
     return max(1, int(share * total))
 
 
@@ -258,9 +285,8 @@ def _pack(
                 return
         if packer.tokens == 0:
             raise SourceError(no_documents(source))
-        if (
-            packer.only_validation and settings.default_val
-        ):  # the estimate was too high: nothing to train on
+        if packer.only_validation and settings.default_val and not packer.resuming:
+            # the estimate was too high: nothing to train on
             manifest.val_tokens = share_of(packer.tokens, SMALL_SHARE)
             manifest.shards, manifest.next = [], None
             packer.abort()
@@ -270,89 +296,3 @@ def _pack(
             packer.finish()
     finally:
         packer.abort()
-
-
-# ---- what is in the folder already
-
-
-@contextlib.contextmanager
-def _folder_lock(folder: Path) -> Iterator[None]:
-    """One writer at a time; the system releases the lock when its holder dies."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BuildRefused(
-            f"{folder}: another process is writing here; wait for it, or choose another folder with --out_dir"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def refuse_differences(folder: Path, manifest: Manifest, name: str, settings: Settings) -> None:
-    """BuildRefused, naming each, if the folder was made with other settings."""
-    there = {"shard_name": manifest.name, **manifest.settings}
-    here = {"shard_name": name, **settings.given()}
-    differences = [
-        f"--{key} was {there.get(key, 'not given')}, now {here.get(key, 'not given')}"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
-    if differences:
-        raise BuildRefused(
-            f"{folder}: holds shards made with other settings: {'; '.join(differences)}. Use "
-            "the same, choose another folder with --out_dir, or remove this one"
-        )
-
-
-def refuse_changes(folder: Path, manifest: Manifest, source: Source) -> None:
-    """BuildRefused, naming them, if the source's files are not those that the folder was made from.
-
-    Where local files lie may change; what is in them, and their order, may not.
-    """
-    there, here = dict(manifest.source), dict(source.description)
-    files_there, files_here = there.pop("files"), here.pop("files")
-    changes = [
-        f"{key} was {there.get(key)}, now {here.get(key)}"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
-    if not changes and len(files_there) != len(files_here):
-        changes = [f"{len(files_there)} files then, {len(files_here)} now"]
-    if not changes:
-        changes = [
-            f"{now['path']} changed"
-            for before, now in zip(files_there, files_here, strict=True)
-            if (before if source.files[0].url else {**before, "path": now["path"]}) != now
-        ]
-    if changes:
-        more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
-        raise BuildRefused(
-            f"{folder}: holds shards of other documents: {'; '.join(changes[:5])}{more}. Give "
-            "the same, choose another folder with --out_dir, or remove this one"
-        )
-
-
-def _refuse_foreign_shards(folder: Path) -> None:
-    shards = sorted(path.name for path in folder.glob("*.npy") if NAME_PATTERN.fullmatch(path.name))
-    if shards:
-        others = " and others" if len(shards) > 1 else ""
-        raise BuildRefused(
-            f"{folder}: holds {shards[0]}{others} but no {MANIFEST}: not made here, so not to be "
-            "continued; choose another folder with --out_dir"
-        )
-
-
-def leftovers(folder: Path, manifest: Manifest) -> list[Path]:
-    """Files of a build that was killed: unfinished shards, and one that never came into the
-    manifest."""
-    listed, found = {shard.file for shard in manifest.shards}, []
-    for path in folder.iterdir():
-        parts = NAME_PATTERN.fullmatch(path.name.removesuffix(".tmp"))
-        if parts and parts["name"] == manifest.name and path.name not in listed:
-            found.append(path)
-    return found

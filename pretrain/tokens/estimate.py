@@ -1,8 +1,6 @@
 """How much a source holds, found out without reading it all: what is printed before a long run
 begins."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -22,13 +20,12 @@ class Estimate:
     rows: int | None  # None where there are text files: their rows are counted nowhere
     rows_exact: bool  # False: from some files' footers, scaled by file size
     text_bytes: int  # stored bytes to be read: the text columns of parquet files, other files whole
-    tokens: (
-        int  # from the tokens in the first SAMPLE_BYTES of each kind of file, scaled by text_bytes
-    )
+    # from the tokens in the first SAMPLE_BYTES of each kind of file, scaled by text_bytes
+    tokens: int
 
 
 def estimate(
-    source: Source, count_tokens: Callable[[pa.Array], int], *, on_bad_document: str = "stop"
+    source: Source, count_tokens: "Callable[[pa.Array], int]", *, on_bad_document: str = "stop"
 ) -> Estimate:
     """Reads the footers of up to SAMPLE_FILES parquet files (of one, on the Hub) and tokenizes a
     sample.
@@ -59,10 +56,10 @@ def _from_footers(source: Source, files: list[File], on_bad_document: str) -> tu
     for file in sample:
         try:
             known = footer(file, source.text_column, source.patience)
-        except UnreadableFile as e:
+        except UnreadableFile as error:
             unreadable += 1
             if on_bad_document == "stop":
-                raise UnreadableFile(f"{e} {LEAVE_OUT_FILES}") from None
+                raise UnreadableFile(f"{error} {LEAVE_OUT_FILES}") from None
             if unreadable == len(sample):
                 raise
             continue
@@ -73,7 +70,7 @@ def _from_footers(source: Source, files: list[File], on_bad_document: str) -> tu
     return round(rows * scale), round(stored * scale), len(sample) == len(files)
 
 
-def _tokens_per_byte(source: Source, count_tokens: Callable[[pa.Array], int]) -> float:
+def _tokens_per_byte(source: Source, count_tokens: "Callable[[pa.Array], int]") -> float:
     """Tokens per stored byte of text at the beginning of the source."""
     tokens = stored_bytes = 0
     for unit in plan_units(source, unit_bytes=SAMPLE_BYTES):
@@ -83,9 +80,7 @@ def _tokens_per_byte(source: Source, count_tokens: Callable[[pa.Array], int]) ->
         with open_file(file, source.patience) as stored:
             for batch in read_open_file(source, unit, stored, skip_rows=0, report=lambda *_: None):
                 tokens += count_tokens(batch.texts)
-                if (
-                    file.compression
-                ):  # one batch is enough: it took what has been read of the file so far
+                if file.compression:  # one batch took what has been read of the file so far
                     seen = stored.tell()
                     break
                 if file.kind == "parquet":  # of a large row group, too

@@ -86,7 +86,7 @@ class FastBPE:
         resident = resident_bytes()
         if resident is None:
             return self._text_bytes > MAX_CACHED_TEXT
-        return resident - self._bytes_at_start > MAX_CACHE_BYTES
+        return resident - (self._bytes_at_start or 0) > MAX_CACHE_BYTES
 
 
 def resident_bytes() -> int | None:
@@ -266,11 +266,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     code_points = derive_inexact()
-    derived = {"versions": installed_versions(), "ranges": to_ranges(code_points)}
-    versions = ", ".join(f"{package} {number}" for package, number in derived["versions"].items())
-    print(
-        f"{versions}: {len(code_points):,} code points in {len(derived['ranges'])} ranges", end=", "
-    )
+    versions, ranges = installed_versions(), to_ranges(code_points)
+    derived = {"versions": versions, "ranges": ranges}
+    named = ", ".join(f"{package} {number}" for package, number in versions.items())
+    print(f"{named}: {len(code_points):,} code points in {len(ranges)} ranges", end=", ")
     if args.write:
         STORED.write_text(json.dumps(derived, indent=1) + "\n")
     same = json.loads(STORED.read_text()) == derived

@@ -6,9 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.text.documents import Position
+from pretrain.text.documents import Position, Unit
 from pretrain.tokens.pipeline import TokenBatch
-from pretrain.tokens.shards import Manifest, Shard, ShardWriter, shard_name
+from pretrain.tokens.shards import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    ShardError,
+    ShardWriter,
+    open_shard,
+    shard_name,
+)
 
 
 class Packer:
@@ -31,23 +39,15 @@ class Packer:
         total_tokens: int | None = None,
         on_shard: Callable[[Shard], None] | None = None,
     ):
-        self.folder, self.manifest, self.shard_size, self.on_shard = (
-            folder,
-            manifest,
-            shard_size,
-            on_shard,
-        )
+        self.folder, self.manifest = folder, manifest
+        self.shard_size, self.on_shard = shard_size, on_shard
         self.max_tokens, self.total_tokens = max_tokens, total_tokens
         self.position = Position.from_json(manifest.next) if manifest.next else Position(0, 0)
-        self.resumed = (
-            self.position.token
-        )  # tokens of the first document to come that are already in shards
+        self.resuming = manifest.next is not None  # until the document at the position has come
         self.writer: ShardWriter | None = None
-        self.unit, self.unit_row, self.next_row = (
-            None,
-            0,
-            0,
-        )  # rows count from the beginning of the file
+        # Rows count from the beginning of the file.
+        self.unit: Unit | None = None
+        self.unit_row = self.next_row = 0
         self._reset_counts()
 
     @property
@@ -70,8 +70,9 @@ class Packer:
         first_row = self._first_row(batch)
         ends = np.cumsum(batch.counts)
         at, rows_seen = 0, -1  # what of the batch is in shards: tokens, rows up to this one
-        if self.resumed and len(ends):
-            at, self.resumed = self.resumed, 0
+        if self.resuming and len(ends):
+            self._check_position(batch, first_row)
+            at, self.resuming = self.position.token, False
         while at < len(batch.tokens) and not self.done:
             writer = self.writer or self._begin_shard()
             stop = min(len(batch.tokens), at + writer.expected - writer.tokens)
@@ -96,19 +97,18 @@ class Packer:
         """Nothing comes after: finish the last shard, however short, and mark the manifest
         complete.
 
-        There must have been a document.
+        There must have been a document. Raises ShardError if the one at which the manifest ends
+        did not come.
         """
+        if self.resuming:
+            raise self._wrong_position("there are no documents from there on")
         if self.writer:
             self._end_shard(complete=True)
             return
         last = self.manifest.shards[-1]
-        for (
-            reason,
-            count,
-        ) in self.skipped.items():  # rows that were left out behind the last document
-            last.skipped = dict(
-                sorted({**last.skipped, reason: last.skipped.get(reason, 0) + count}.items())
-            )
+        for reason, count in self.skipped.items():  # rows left out behind the last document
+            more = {reason: last.skipped.get(reason, 0) + count}
+            last.skipped = dict(sorted({**last.skipped, **more}.items()))
         self.manifest.complete = True
         self.manifest.save(self.folder)
 
@@ -130,6 +130,33 @@ class Packer:
         self.next_row = batch.next_row
         return self.unit_row
 
+    def _check_position(self, batch: TokenBatch, first_row: int) -> None:
+        """ShardError unless the batch begins with the document at the manifest's position, and that
+        document's tokens up to there are those with which the last shard ends."""
+        here, offset = self.position, None if batch.offsets is None else int(batch.offsets[0])
+        if (batch.unit.file, first_row + int(batch.rows[0]), offset) != (
+            here.file,
+            here.row,
+            here.offset,
+        ):
+            raise self._wrong_position("no document begins there")
+        if not 0 < here.token <= batch.counts[0]:
+            raise self._wrong_position(f"the document there has {batch.counts[0]:,} tokens")
+        last = open_shard(self.folder / self.manifest.shards[-1].file)
+        before = batch.tokens[max(0, here.token - len(last)) : here.token]
+        if not np.array_equal(last[len(last) - len(before) :], before):
+            raise self._wrong_position(
+                "the document there is not the one that the last shard ends in"
+            )
+
+    def _wrong_position(self, why: str) -> ShardError:
+        here = self.position
+        return ShardError(
+            f"{self.folder / MANIFEST}: its next position, file {here.file}, row {here.row}, token "
+            f"{here.token}, does not fit: {why}; restore it, or remove the folder and build it "
+            "again"
+        )
+
     def _begin_shard(self) -> ShardWriter:
         index = len(self.manifest.shards)
         size = self.manifest.val_tokens if index == 0 else self.shard_size
@@ -142,6 +169,7 @@ class Packer:
 
     def _end_shard(self, complete: bool = False) -> None:
         writer, self.writer = self.writer, None
+        assert writer
         try:
             digest = writer.close()
         except BaseException:
@@ -168,7 +196,8 @@ class Packer:
 
     def _reset_counts(self) -> None:
         """What the manifest will say about the shard that begins: see Shard."""
-        self.documents, self.skipped = 0, {}
+        self.documents = 0
+        self.skipped: dict[str, int] = {}
         self.token_count: dict[str, int] | None = None
 
     def _count_skipped(self, batch: TokenBatch, after: int, until: int) -> None:
@@ -181,9 +210,8 @@ class Packer:
             ended = slice(*np.searchsorted(ends, [at + 1, stop + 1]))
             sums = self.token_count = self.token_count or {"source": 0, "written": 0}
             sums["source"] += int(batch.token_counts[ended].sum())
-            sums["written"] += int(
-                (batch.counts[ended] - 1).sum()
-            )  # the column is without end-of-text
+            # the column is without end-of-text
+            sums["written"] += int((batch.counts[ended] - 1).sum())
 
 
 def _count_between(sorted_values: np.ndarray, start: int, stop: int) -> int:

@@ -3,7 +3,10 @@ elsewhere."""
 
 import sys
 import time
+from typing import Any
 
+from pretrain.text.documents import Unit
+from pretrain.tokens.build import Callbacks
 from pretrain.tokens.estimate import Estimate
 from pretrain.tokens.pipeline import TokenBatch
 from pretrain.tokens.shards import Manifest, Shard
@@ -25,12 +28,21 @@ def in_bytes(number: float) -> str:
     return f"{number:.3g} TB"
 
 
-class ConsoleProgress:
-    """A pretrain.tokens.build.Progress that shows tokens, tokens/s, MB/s of text, the shard, and
-    the time left."""
+def plural(noun: str, number: int) -> str:
+    """The noun as it stands behind that number.
+
+    >>> plural("shard", 3)
+    'shards'
+    """
+    return noun if number == 1 else noun + "s"
+
+
+class ConsoleProgress(Callbacks):
+    """Shows tokens, tokens/s, MB/s of text, the shard, and the time left."""
 
     def __init__(self, expected: Estimate, max_tokens: int | None):
-        self.expected, self.max_tokens, self.bar = expected, max_tokens, None
+        self.expected, self.max_tokens = expected, max_tokens
+        self.bar: Any = None
 
     def begin(self, what: str, manifest: Manifest) -> None:
         from tqdm import tqdm
@@ -39,7 +51,8 @@ class ConsoleProgress:
         self.what, self.before, self.shards = what, manifest.tokens, len(manifest.shards)
         self.tokens = self.text_bytes = 0  # of this pass
         self.read_tokens = self.read_bytes = 0  # of units read to their ends: tokens, stored bytes
-        self.unit, self.t0 = None, time.perf_counter()
+        self.current: Unit | None = None
+        self.t0 = time.perf_counter()
         self.line_at = self.t0 + LINE_SECONDS
         self.bar = tqdm(
             desc=what,
@@ -52,10 +65,10 @@ class ConsoleProgress:
         )
 
     def batch(self, batch: TokenBatch) -> None:
-        if self.unit is not None and batch.unit != self.unit:
+        if self.current is not None and batch.unit != self.current:
             self.read_tokens = self.tokens
-            self.read_bytes += self.unit.num_bytes
-        self.unit = batch.unit
+            self.read_bytes += self.current.num_bytes
+        self.current = batch.unit
         self.tokens += len(batch.tokens)
         self.text_bytes += batch.text_bytes
         seconds = max(1e-6, time.perf_counter() - self.t0)
@@ -76,7 +89,7 @@ class ConsoleProgress:
     def total_tokens(self) -> int:
         """All tokens there will be: first the estimate, then from the tokens per stored byte so
         far."""
-        tokens = self.expected.tokens
+        tokens: float = self.expected.tokens
         if self.read_tokens > 1_000_000 and self.read_bytes:
             tokens = self.expected.text_bytes * self.read_tokens / self.read_bytes
         return int(min(max(tokens, self.before + self.tokens), self.max_tokens or tokens))

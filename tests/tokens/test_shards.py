@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.text.documents import Position, Unit
+from pretrain.tokens.engines import run_in_order
 from pretrain.tokens.packing import Packer
-from pretrain.tokens.pipeline import TokenBatch, run_in_order
+from pretrain.tokens.pipeline import TokenBatch
 from pretrain.tokens.shards import (
     Manifest,
     Shard,
