@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.text import arrow
-from pretrain.text.documents import Position, Source, SourceError, plan_units
+from pretrain.text.documents import Position, Source, SourceError, changed_files, plan_units
 from pretrain.tokens.estimate import estimate
 from pretrain.tokens.packing import Packer
 from pretrain.tokens.pipeline import UNIT_BYTES, TokenBatch, tokenize_units
@@ -295,20 +295,15 @@ def refuse_changes(folder: Path, manifest: Manifest, source: Source) -> None:
     Where local files lie may change; what is in them, and their order, may not.
     """
     there, here = dict(manifest.source), dict(source.description)
-    files_there, files_here = there.pop("files"), here.pop("files")
+    files_there = there.pop("files")
+    here.pop("files")
     changes = [
         f"{key} was {there.get(key)}, now {here.get(key)}"
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key)
     ]
-    if not changes and len(files_there) != len(files_here):
-        changes = [f"{len(files_there)} files then, {len(files_here)} now"]
     if not changes:
-        changes = [
-            f"{now['path']} changed"
-            for before, now in zip(files_there, files_here, strict=True)
-            if (before if source.files[0].url else {**before, "path": now["path"]}) != now
-        ]
+        changes = changed_files(files_there, source)
     if changes:
         more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
         raise BuildRefused(
