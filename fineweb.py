@@ -242,7 +242,8 @@ def build(args: argparse.Namespace) -> int:
     from pretrain.tokens.tokenizer import Tokenizer
 
     settings = Settings(**{flag: getattr(args, flag) for flag in Settings.__dataclass_fields__})
-    source = local_source(args.source, text_column=args.text_column) if args.source else None
+    options = {"text_column": args.text_column, "on_bad_document": args.on_bad_document}
+    source = local_source(args.source, **options) if args.source else None
     name = args.shard_name or (source.name if source else hub_name(args))
     folder = args.out_dir = args.out_dir or Path("data") / name
     manifest, revision = Manifest.load(folder), args.revision

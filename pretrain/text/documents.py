@@ -29,7 +29,6 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import first_line
@@ -89,8 +88,8 @@ def local_source(
     """
     files: dict[str, File] = {}  # by real path
     edges: dict[str, str | None] = {}
-    for given in map(os.fspath, paths):
-        for found in folders.find(given):
+    for given in paths:
+        for found in folders.find(os.fspath(given)):
             file, edge = _local_file(found)
             if file.problem and on_bad_document == "stop":
                 raise SourceError(f"{file.path}: {file.problem} {LEAVE_OUT_FILES}")

@@ -103,7 +103,8 @@ def _folders_below(top: Path) -> Iterator[tuple[Path, list[Found], list[str]]]:
     Where links lead to a folder that can be reached without, it goes by that name.
     """
     seen: set[str] = set()
-    waiting, links = [top], []
+    waiting: list[Path] = [top]
+    links: list[Path] = []
     while waiting or links:
         folder = waiting.pop() if waiting else links.pop(0)
         real = os.path.realpath(folder)

@@ -18,7 +18,8 @@ HEAD = 1 << 10  # bytes from which foreign files are recognized
 
 
 def open_file(file: File, patience: Patience) -> Any:
-    """The stored bytes, for reading and seeking, by this code and by pyarrow. Raises SourceError."""
+    """The stored bytes, for reading and seeking, by this code and by pyarrow. Raises
+    SourceError."""
     if file.url:
         from pretrain.text.remote import RemoteFile
 

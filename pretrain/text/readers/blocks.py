@@ -25,7 +25,8 @@ def plan_bytes(source: Source, index: int, unit_bytes: int, start: Position) -> 
     if file.compression:
         yield Unit(index, 0, file.size, 0, file.size)
         return
-    at, first_row = start.offset or 0, start.row
+    at = start.offset or 0
+    first_row: int | None = start.row
     while at < file.size:
         stop = min(file.size, at + unit_bytes)
         yield Unit(index, at, stop, first_row, stop - at)

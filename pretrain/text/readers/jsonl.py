@@ -109,13 +109,14 @@ def _batch(
     report: Report,
 ) -> Batch:
     texts = parse_lines_fast(block, lines, column)
+    bad: list[int] = []
     if texts is not None:
-        keep = arrow.lengths(texts) > 0
-        empty, bad = np.flatnonzero(~keep), []
+        keep = np.flatnonzero(arrow.lengths(texts) > 0)
+        empty = np.setdiff1d(np.arange(len(lines)), keep)
         if len(empty):
-            texts = arrow.select(texts, keep)
+            texts = arrow.select(texts, arrow.lengths(texts) > 0)
     else:
-        kept, empty, bad, texts = [], [], [], []
+        found: dict[int, bytes] = {}  # by line, blank lines left out
         for i, line in enumerate(lines):
             try:
                 text = parse_line(line, column)
@@ -123,16 +124,14 @@ def _batch(
                 report(int(rows[i]), None if offsets is None else int(offsets[i]), str(error))
                 bad.append(i)
                 continue
-            if text:
-                kept.append(i)
-                texts.append(text.encode())
-            elif text is not None:
-                empty.append(i)
-        keep, texts = np.array(kept, np.int64), arrow.strings(texts)
-    skipped = {"empty": rows[np.array(empty, np.int64)], "bad": rows[np.array(bad, np.int64)]}
-    return Batch(
-        texts, rows[keep], len(lines), skipped, None, None if offsets is None else offsets[keep]
-    )
+            if text is not None:
+                found[i] = text.encode()
+        keep = np.array([i for i, text in found.items() if text], np.int64)
+        empty = np.array([i for i, text in found.items() if not text], np.int64)
+        texts = arrow.strings([text for text in found.values() if text])
+    skipped = {"empty": rows[empty], "bad": rows[np.array(bad, np.int64)]}
+    begins = None if offsets is None else offsets[keep]
+    return Batch(texts, rows[keep], len(lines), skipped, None, begins)
 
 
 # What pyarrow takes for a number and json does not (-NaN, Inf) ends like this; so does some prose.

@@ -211,7 +211,8 @@ def read_row_groups(
 def _groups_of_a_batch(footer: Footer, start: int, stop: int) -> Iterator[list[int]]:
     """Consecutive row groups with about BATCH_BYTES of text: small ones are read like large
     ones."""
-    groups, size = [], 0
+    groups: list[int] = []
+    size = 0
     for group in range(start, stop):
         groups, size = [*groups, group], size + footer.text_bytes(group)
         if size >= BATCH_BYTES:
