@@ -177,6 +177,19 @@ def add_work_flags(add: Callable[..., Any]) -> None:
         help="compare one document in N with tiktoken, stop where gigatoken differs "
         "(default: %(default)s; 0: none)",
     )
+    add(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="where text becomes tokens: on this machine, or on a Ray cluster, whose machines must "
+        "all see the source and --out_dir; the shards are the same (default: %(default)s)",
+    )
+    add(
+        "--ray_address",
+        metavar="ADDRESS",
+        help="for --engine ray: auto, or HOST:PORT of a cluster that `ray start` made (default: one "
+        "is started on this machine, of --num_proc cores)",
+    )
     add("--dry_run", action="store_true", help="say what would be done, and do none of it")
     add(
         "--verify",
@@ -207,6 +220,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         )
     if args.max_tokens and (args.val_tokens or 1) >= args.max_tokens:
         problems.append("--max_tokens leaves nothing to train on behind the validation shard")
+    if args.ray_address and args.engine != "ray":
+        problems.append("--ray_address: needs --engine ray")
     if args.shard_name is not None and not is_file_name(args.shard_name):
         problems.append(f"--shard_name {args.shard_name!r}: cannot begin a file name")
     return problems

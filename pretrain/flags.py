@@ -13,12 +13,15 @@ parse_with_config does the same where a flag --config names a YAML file of flags
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
+
+from pretrain.errors import UserError, first_line
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _UNSET = object()
+LARGEST_YAML = 1 << 16  # characters of a file of flags
+DEEPEST_YAML = 100
 
 
 def parse(
@@ -73,17 +76,14 @@ def parse_with_config(
 
 def _read_config(path: str, parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
     """(the flags of a YAML file as a command line, problems one line each)."""
-    import yaml
-
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            settings = load_yaml(file.read(LARGEST_YAML + 1), f"--config {path}")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         return [], [f"--config {path}: cannot be read: {reason}"]
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        return [], [f"--config {path}: not YAML{where}: {getattr(error, 'problem', None) or error}"]
+    except UserError as error:
+        return [], [str(error)]
     if not isinstance(settings, dict):
         return [], [f"--config {path}: expected lines such as batch_size: 16"]
     actions = {
@@ -99,11 +99,66 @@ def _read_config(path: str, parser: argparse.ArgumentParser) -> tuple[list[str],
         elif isinstance(value, list) and actions[name].nargs:
             words += [f"--{name}", *map(str, value)]
         elif value is None or isinstance(value, dict | list):
-            shown = "nothing" if value is None else value
+            shown = "nothing" if value is None else f"{value}"[:80]
             problems.append(f"{path}: {name}: one value expected, got {shown}")
         else:
             words.append(f"--{name}={value}")
     return words, problems
+
+
+def load_yaml(text: str, what: str, *, largest: int = LARGEST_YAML, as_text: bool = False) -> Any:
+    """A YAML document as plain data; as_text: all scalars as strings, as they are written.
+
+    Raises UserError, beginning with `what`, for what is not YAML and for what would take long: more
+    than `largest` characters, or as many values (aliases in a few lines can make billions of
+    them), or nesting beyond DEEPEST_YAML.
+    """
+    import yaml
+
+    if len(text) > largest:
+        raise UserError(f"{what}: more than {largest:,} characters of YAML")
+    fast = hasattr(yaml, "CSafeLoader") and len(text) > LARGEST_YAML
+    safe = yaml.CSafeLoader if fast else yaml.SafeLoader
+    try:
+        if problem := _yaml_excess(yaml.parse(text, Loader=safe), largest):
+            raise UserError(f"{what}: {problem}")
+        return yaml.load(text, Loader=yaml.BaseLoader if as_text else safe)  # both make plain data
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        said = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{what}: not YAML{where}: {said}") from None
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        # PyYAML lets them through: a date of 32 March, a number of 5,000 digits
+        raise UserError(f"{what}: not YAML: {first_line(error)}") from None
+
+
+def _yaml_excess(events: Iterable, most_nodes: int) -> str | None:
+    """What is too much in a document, found before any of it is built."""
+    import yaml
+
+    sizes: dict[str, int] = {}  # nodes that an anchor stands for, those of aliases in it included
+    opened: list[tuple[str | None, int]] = []  # collections: (anchor, nodes before it)
+    nodes = 0
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in (anchor for anchor, _ in opened):
+                return f"*{event.anchor} stands in itself"
+            nodes += sizes.get(event.anchor or "", 1)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            nodes += 1
+            opened.append((event.anchor, nodes - 1))
+        elif isinstance(event, yaml.ScalarEvent):
+            nodes += 1
+            sizes[event.anchor or ""] = 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+            sizes[anchor or ""] = nodes - before
+        if nodes > most_nodes:
+            return f"its aliases repeat values, to more than {most_nodes:,}"
+        if len(opened) > DEEPEST_YAML:
+            return f"nested more than {DEEPEST_YAML} deep"
+    return None
 
 
 def _spell_switches(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:

@@ -20,8 +20,6 @@ With link_uses=N, data is behind links on another host name that work N times, a
 a time. With token=T the Hub answers those who send T; with gated=True it says why to the others.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -59,7 +57,7 @@ class LoopbackHub:
     token: str | None = None
     gated: bool = False
 
-    def __enter__(self) -> LoopbackHub:
+    def __enter__(self) -> "LoopbackHub":
         self.requests: list[Request] = []
         self.faults = self.counted = 0
         self.links: dict[str, int] = {}  # how often each was used

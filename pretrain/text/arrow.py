@@ -4,8 +4,6 @@ pyarrow's own conversions (to_numpy, pa.array, pa.scalar) import pandas where it
 is with `datasets`: a quarter of a second in every process.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pyarrow as pa
 
@@ -54,3 +52,12 @@ def _values(buffer: pa.Buffer | None, dtype: type, start: int, count: int) -> np
     if count == 0 or buffer is None or buffer.size == 0:  # an empty array need not have offsets
         return np.zeros(count, dtype)
     return np.frombuffer(buffer, dtype, count, start * np.dtype(dtype).itemsize)
+
+
+def utf8_problem(data: bytes) -> str | None:
+    """Why these bytes are not UTF-8, None if they are."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return f"invalid UTF-8 at byte {error.start} of the text (0x{data[error.start]:02x})"
+    return None

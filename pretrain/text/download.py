@@ -7,20 +7,24 @@ for anew.
 """
 
 import contextlib
-import hashlib
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
+from pretrain import files
+from pretrain.errors import UserError, without_credentials
 from pretrain.text.remote import BLOCK, Fault, Waiting, attempt, cause
 from pretrain.text.source import Patience, SourceError
 
 PATIENCE = Patience(give_up_seconds=30, rate_limit_seconds=120)
 
 
-class DownloadError(RuntimeError):
+class DownloadError(UserError):
     """The file could not be had. One line for the user: which address, what is wrong."""
+
+    def __init__(self, message: str):
+        super().__init__(without_credentials(message))
 
 
 def fetch(
@@ -44,42 +48,31 @@ def fetch(
     def problem(file: Path) -> str | None:
         if size is not None and file.stat().st_size != size:
             return f"{file.stat().st_size:,} bytes instead of {size:,}"
-        if sha256 is not None and file_sha256(file) != sha256:
+        if sha256 is not None and files.sha256(file) != sha256:
             return "its SHA-256 is not the expected one"
         return check(file)
-
-    from filelock import FileLock
 
     if path.is_file() and problem(path) is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, note = (path.with_name(f".{path.name}.{suffix}") for suffix in ("part", "failed"))
+    note = path.with_name(f".{path.name}.failed")
     last_failure = _read(note)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with files.lock(path.with_name(f".{path.name}.lock"), f"{path}: is locked", wait_seconds=-1):
         if path.is_file() and problem(path) is None:  # downloaded while this process waited
             return
-        if (failure := _read(note)) not in (
-            "",
-            last_failure,
-        ):  # tried in vain while this process waited
+        failure = _read(note)
+        if failure not in ("", last_failure):  # tried in vain while this process waited
             raise DownloadError(failure.partition("\n")[2])
         try:
-            _download(url, part, size, patience or PATIENCE, progress)
-            if wrong := problem(part):
-                raise DownloadError(
-                    f"{url}: what came is not the file ({wrong}): a proxy's or a login page?"
-                )
-            os.replace(part, path)
+            with files.atomic_write(path) as part:
+                _download(url, part, size, patience or PATIENCE, progress)
+                if wrong := problem(files.temporary_name(path)):
+                    what = f"what came is not the file ({wrong}): a proxy's or a login page?"
+                    raise DownloadError(f"{url}: {what}")
         except DownloadError as error:
-            note.write_text(f"{uuid.uuid4()}\n{error}", encoding="utf-8")
+            files.write_text(note, f"{uuid.uuid4()}\n{error}")
             raise
-        finally:
-            part.unlink(missing_ok=True)
         note.unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _read(note: Path) -> str:
@@ -88,22 +81,24 @@ def _read(note: Path) -> str:
     return ""
 
 
-def _download(url: str, part: Path, size: int | None, patience: Patience, progress: bool) -> None:
-    """The body at `url` into the file `part`, begun anew after a fault until patience is at its
-    end."""
+def _download(
+    url: str, part: IO[bytes], size: int | None, patience: Patience, progress: bool
+) -> None:
+    """The body at `url` into a file, begun anew after a fault until patience is at its end."""
     from tqdm import tqdm
 
     waiting = Waiting(url, patience)
     while True:
+        part.seek(0)
+        part.truncate()
         try:
             hidden = None if progress else True  # None: where there is no terminal
             bar = tqdm(total=size, unit="B", unit_scale=True, desc="downloading", disable=hidden)
-            with bar, open(part, "wb") as file:
+            with bar:
                 for block in _body(url, waiting):
-                    file.write(block)
+                    part.write(block)
                     bar.update(len(block))
-                file.flush()
-                os.fsync(file.fileno())
+            part.flush()
             return
         except Fault as fault:
             try:

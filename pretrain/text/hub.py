@@ -7,8 +7,7 @@ asked which of them it would read. The requests behind that folder are our own, 
 pretrain.text.remote).
 """
 
-from __future__ import annotations
-
+import contextlib
 import difflib
 import glob
 import json
@@ -18,12 +17,18 @@ import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
+from pretrain.errors import UserError
+from pretrain.flags import load_yaml
 from pretrain.text.remote import LOGIN, Fault, Refused, Waiting, attempt, cause, hub_token
 from pretrain.text.source import Patience, SourceError
 
 CARD, STANDALONE_CARD = "README.md", ".huggingface.yaml"  # the latter takes precedence
+LARGEST_CARD = 1 << 23  # characters; FineWeb 2, with 1,900 configurations, has under a million
+LARGEST_ANSWER = 1 << 26  # bytes of a card, or of a page of a listing
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,13 @@ def resolve(
         raise SourceError(f"{dataset!r} is not the name of a dataset on the Hub, {known}")
     repo = Repository(constants.ENDPOINT.rstrip("/"), dataset, revision, patience)
     cards = {CARD: _front_matter(repo.text(CARD)), STANDALONE_CARD: repo.text(STANDALONE_CARD)}
+    try:
+        cards = {path: _plain_card(text) for path, text in cards.items()}
+    except UserError as error:
+        raise SourceError(f"dataset {dataset}: {error}") from None
     folders = [""]
     if config := _config_of_card(cards, name):
-        cards[CARD] = f"---\n{json.dumps({'configs': [config]})}\n---\n"  # JSON is YAML
+        cards[CARD] = _fenced({"configs": [config]})
         folders = sorted({_fixed_folder(pattern) for pattern in _patterns(config)})
     listing = {entry["path"]: entry for folder in folders for entry in repo.tree(folder)}
     config_name, paths = _ask_datasets(dataset, cards, listing, name=name, split=split)
@@ -84,8 +93,8 @@ class Repository:
         url = f"{endpoint}/api/datasets/{dataset}/revision/{quote(revision, safe='')}?expand=sha"
         try:
             self.commit: str = self._json(url)[0]["sha"]
-        except Refused as e:
-            raise SourceError(f"dataset {dataset}: {self._why(e, revision)}") from None
+        except Refused as error:
+            raise SourceError(f"dataset {dataset}: {self._why(error, revision)}") from None
 
     def _why(self, refused: Refused, revision: str) -> str:
         if refused.code == "RevisionNotFound":
@@ -104,23 +113,23 @@ class Repository:
     def text(self, path: str) -> str:
         """A small file's content, "" where there is none of that name."""
         try:
-            return self._get(self.url(path)).content.decode("utf-8", "replace")
-        except Refused as e:
-            if e.status != 404:
+            return self._get(self.url(path))[0].decode("utf-8", "replace")
+        except Refused as error:
+            if error.status != 404:
                 raise
             return ""
 
     def tree(self, folder: str) -> list[dict]:
         """All files below a folder of the repository: {"path", "size", "lfs": {"oid"}, ...}."""
-        base = f"{self.endpoint}/api/datasets/{self.dataset}/tree/{self.commit}/{quote(folder)}".rstrip(
-            "/"
-        )
-        query, entries = "recursive=true", []
+        base = f"{self.endpoint}/api/datasets/{self.dataset}/tree/{self.commit}/{quote(folder)}"
+        base = base.rstrip("/")
+        query: str = "recursive=true"
+        entries: list[dict] = []
         while query:
             try:
                 page, following = self._json(f"{base}?{query}")
-            except Refused as e:
-                if e.status != 404:
+            except Refused as error:
+                if error.status != 404:
                     raise
                 return []
             entries += page
@@ -130,14 +139,14 @@ class Repository:
 
     def _json(self, url: str) -> tuple:
         """The answer, and the address of the next page or ""."""
-        response = self._get(url)
+        content, response = self._get(url)
         try:
-            return response.json(), response.links.get("next", {}).get("url", "")
-        except ValueError:
+            return json.loads(content), response.links.get("next", {}).get("url", "")
+        except (ValueError, RecursionError):
             raise SourceError(f"{url}: the answer is not the Hub's; check HF_ENDPOINT") from None
 
-    def _get(self, url: str):
-        """A response that has been read."""
+    def _get(self, url: str) -> tuple[bytes, Any]:
+        """(body, its response)."""
         import requests
 
         waiting = Waiting(f"dataset {self.dataset} on {self.endpoint}", self.patience)
@@ -146,14 +155,23 @@ class Repository:
                 response, _ = attempt(
                     url, home=self.endpoint, token=self.token, timeouts=waiting.timeouts()
                 )
-                size = len(response.content)
-                if size != int(response.headers.get("Content-Length", size)):
-                    raise Fault("the connection was closed early")  # urllib3 1 does not notice
-                return response
-            except Fault as e:
-                waiting.after(e)
-            except requests.RequestException as e:
-                waiting.after(Fault(cause(e)))
+                return self._body(url, response), response
+            except Fault as error:
+                waiting.after(error)
+            except requests.RequestException as error:
+                waiting.after(Fault(cause(error)))
+
+    @staticmethod
+    def _body(url: str, response: Any) -> bytes:
+        with contextlib.closing(response):
+            body = bytearray()
+            for block in response.iter_content(1 << 16):
+                body += block
+                if len(body) > LARGEST_ANSWER:
+                    raise SourceError(f"{url}: answers with more than {LARGEST_ANSWER:,} bytes")
+            if len(body) != int(response.headers.get("Content-Length", len(body))):
+                raise Fault("the connection was closed early")  # urllib3 1 does not notice
+        return bytes(body)
 
 
 # ---- what to list: FineWeb has tens of thousands of files, its sample-10BT a dozen
@@ -165,16 +183,40 @@ def _front_matter(card: str) -> str:
     return f"{block[1]}\n" if block else ""
 
 
+def _plain_card(text: str) -> str:
+    """A card as YAML that cannot go wrong: JSON, without aliases, and with the configurations'
+    names as they are written (`config_name: no` is false to YAML). Raises UserError."""
+    if not text.strip():
+        return text
+    body = text.strip().removeprefix("---").removesuffix("---")
+    card = load_yaml(body, "its dataset card", largest=LARGEST_CARD)
+    if not isinstance(card, dict):
+        return ""
+    written = load_yaml(body, "its dataset card", largest=LARGEST_CARD, as_text=True)
+    for key in ("configs", "dataset_info"):
+        for part, names in zip(_dicts(card.get(key)), _dicts(written.get(key)), strict=True):
+            if part.get("config_name") is not None:
+                part["config_name"] = names["config_name"]
+    return _fenced(card) if text.startswith("---") else _fenced(card).strip("-\n")
+
+
+def _dicts(value: Any) -> list[dict]:
+    return [
+        part for part in (value if isinstance(value, list) else [value]) if isinstance(part, dict)
+    ]
+
+
+def _fenced(card: Any) -> str:
+    """The front matter of a README. JSON is YAML."""
+    return f"---\n{json.dumps(card, default=str, skipkeys=True)}\n---\n"
+
+
 def _config_of_card(cards: dict[str, str], name: str | None) -> dict | None:
     """A configuration's entry in the dataset card, if it alone tells where the files are."""
-    import yaml
-
-    try:
-        card = yaml.safe_load(cards[CARD].strip().strip("-"))
-    except yaml.YAMLError:
+    if not name or cards[STANDALONE_CARD] or not cards[CARD]:
         return None
-    configs = card.get("configs") if isinstance(card, dict) else None
-    if not name or cards[STANDALONE_CARD] or not isinstance(configs, list):
+    configs = json.loads(cards[CARD].strip().strip("-")).get("configs")
+    if not isinstance(configs, list):
         return None
     config = next((c for c in configs if isinstance(c, dict) and c.get("config_name") == name), {})
     simple = set(config) <= {"config_name", "data_files", "default"} and config.get("data_files")
@@ -219,8 +261,13 @@ def _ask_datasets(
         try:
             cache = str(Path(scratch) / "cache")
             builder = datasets.load_dataset_builder(str(root), name=name, cache_dir=cache)
-        except Exception as e:  # it has no exception of its own for what its user got wrong
-            raise SourceError(f"dataset {dataset}: {_explain(e, str(root), name)}") from None
+        except Exception as error:  # it has no exception of its own for what its user got wrong
+            what = _explain(error, str(root), name)
+            archives = sorted(path for path in listing if path.lower().endswith(ARCHIVES))
+            if archives and not any(what.startswith(word) for word in ("has ", "is made")):
+                what = f"has archives ({archives[0]}), which are not looked into; unpack them"
+                what += " and give the files with --source"
+            raise SourceError(f"dataset {dataset}: {what}") from None
         splits = {str(key): files for key, files in (builder.config.data_files or {}).items()}
         if split not in splits:
             known = _names(splits, split)

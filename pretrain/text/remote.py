@@ -6,8 +6,6 @@ and a signed link that has expired is asked for again. What delivers nothing for
 `Patience.give_up_seconds` ends in one SourceError.
 """
 
-from __future__ import annotations
-
 import email.utils
 import functools
 import http.client
@@ -17,14 +15,15 @@ import os
 import random
 import re
 import time
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+from pretrain.errors import without_credentials
 from pretrain.text.source import Patience, SourceError
 
 log = logging.getLogger(__name__)
-_links: dict[
-    str, str
-] = {}  # where files were redirected to: asked for again when a link has expired
+# where files were redirected to: asked for again when a link has expired
+_links: dict[str, str] = {}
 
 BLOCK = 1 << 17  # bytes asked of a socket at a time: what a stall can cost
 LARGEST_HOLE = 1 << 18  # reading over this many unwanted bytes costs less than another request
@@ -45,7 +44,7 @@ class Fault(Exception):
 class Refused(SourceError):
     """The server answered, and will answer the same again. `code` is the Hub's X-Error-Code."""
 
-    def __init__(self, message: str, status: int, code: str):
+    def __init__(self, message: str, status: int = 0, code: str = ""):  # defaults: for pickle
         super().__init__(message)
         self.status, self.code = status, code
 
@@ -86,14 +85,24 @@ class Waiting:
                 f"{self.what}: {fault} ({tries}); rerun the same command later to continue"
             )
         if wait >= 5:
-            log.warning("%s: %s; trying again in %.0f s", self.what, fault, wait)
+            what = without_credentials(f"{self.what}: {fault}")
+            log.warning("%s; trying again in %.0f s", what, wait)
         time.sleep(wait)
 
 
 def hub_token() -> str | None:
+    """The access token of the Hub, without the quotes that a copied line leaves around it. Raises
+    SourceError for what no token can be: sent in a header, it would end in a traceback that shows
+    it."""
     from huggingface_hub import constants, get_token
 
-    return None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return None
+    token = (get_token() or "").strip(" \t\r\n'\"`\u2018\u2019\u201c\u201d\ufeff")
+    if not re.fullmatch(r"[\w.~+/=-]*", token, re.ASCII):
+        what = "the Hub's token has characters in it that no token has"
+        raise SourceError(f"{what}; set HF_TOKEN anew, or run `hf auth login` again")
+    return token or None
 
 
 @functools.lru_cache(maxsize=2)
@@ -135,14 +144,13 @@ def attempt(
                 timeout=timeouts,
                 stream=True,
                 allow_redirects=False,
-                auth=lambda request: (
-                    request
-                ),  # else requests would put a ~/.netrc entry in the token's place
+                # else requests would put a ~/.netrc entry in the token's place
+                auth=lambda request: request,
             )
-        except (requests.ConnectionError, requests.Timeout) as e:
-            raise _fault_or_error(url, e) from None
-        except (requests.RequestException, ValueError) as e:
-            raise SourceError(f"{url}: {e}; check HF_ENDPOINT") from None
+        except (requests.ConnectionError, requests.Timeout) as error:
+            raise _fault_or_error(url, error) from None
+        except (requests.RequestException, ValueError) as error:
+            raise SourceError(f"{url}: {cause(error)}; check HF_ENDPOINT") from None
         if response.status_code not in (301, 302, 303, 307, 308):
             break
         url = urljoin(url, response.headers.get("Location", ""))
@@ -165,9 +173,7 @@ def _status_fault(url: str, home: str, response) -> Exception:
     answer = f"HTTP {status} {response.reason or ''}".rstrip()
     if status in (408, 425, 429) or status >= 500:
         return Fault(answer, _retry_after(response))
-    if origin(url) != origin(
-        home
-    ):  # a signed link that has expired: the next attempt gets a new one
+    if origin(url) != origin(home):  # a signed link has expired: the next attempt gets a new one
         return Fault(f"{answer} from {urlsplit(url).netloc}")
     said = response.headers.get("X-Error-Message") or answer
     hint = f"; {LOGIN}" if status in (401, 403) else ""
@@ -216,7 +222,7 @@ class RemoteFile(io.RawIOBase):
         self._expected: list[tuple[int, int]] = []
         self._loaded: list[tuple[int, bytes]] = []
         self._position = 0  # of the next read
-        self._response = None  # open, about to deliver bytes [_at, _stop)
+        self._response: Any = None  # open, about to deliver bytes [_at, _stop)
         self._at = self._stop = 0
 
     def readable(self) -> bool:
@@ -266,9 +272,7 @@ class RemoteFile(io.RawIOBase):
             self._at = self._stop = start
         blocks = []
         while self._at < stop:
-            if (
-                self._at == self._stop
-            ):  # ask for the rest, and for the rest of what is expected around it
+            if self._at == self._stop:  # ask for the rest of what is expected around it, too
                 self._stop = max([stop, *(b for a, b in self._expected if a <= self._at < b)])
             skipping = self._at < start
             block = self._block(min(BLOCK, (start if skipping else stop) - self._at))
@@ -290,10 +294,10 @@ class RemoteFile(io.RawIOBase):
                 if not block:
                     raise Fault("the connection was closed early")
                 break
-            except (Fault, HTTPError, OSError) as e:
+            except (Fault, HTTPError, OSError) as error:
                 self._disconnect()
                 _links.pop(self.url, None)
-                self._waiting.after(e if isinstance(e, Fault) else Fault(cause(e)))
+                self._waiting.after(error if isinstance(error, Fault) else Fault(cause(error)))
         self._at += len(block)
         if self._at == self._stop:
             self._response.raw.release_conn()  # read to its end, it can serve the next request

@@ -4,21 +4,30 @@ Plain data that is pickled to worker processes and written into manifests; nothi
 file or the network. `pretrain.text.documents` makes sources and reads them.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, without_credentials
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
+# What a reader calls for a document that is left out: (row in the unit, byte where it begins or
+# None, what is wrong with it). It raises SourceError where such a document is to end the run.
+Report = Callable[[int, int | None, str], None]
+
+
+UNREADABLE_FILE = "unreadable file"  # the reason in Batch.skipped for a file left out as a whole
+
 
 class SourceError(UserError):
     """A source cannot be read. One line for the user: which file and row, what is wrong, what to
-    do."""
+    do. Addresses in it lose their passwords and signatures here, for every message at once."""
+
+    def __init__(self, message: str):
+        super().__init__(without_credentials(message))
 
 
 class UnreadableFile(SourceError):
@@ -45,13 +54,16 @@ class Patience:
 @dataclass(frozen=True)
 class File:
     """One file of a source: on this machine, or on the Hub, then `url` is set and `path` is within
-    its repository."""
+    its repository. With `problem` it is a place where documents were looked for in vain (a folder
+    that cannot be opened, a link to nothing): reading it raises UnreadableFile."""
 
     path: str
     size: int  # bytes, as stored
     kind: str  # "parquet", "jsonl" or "txt"
     compression: str | None = None  # None, "gzip" or "zstd"
-    url: str | None = None
+    url: str | None = field(default=None, repr=False)  # HF_ENDPOINT can hold a password
+    mtime_ns: int | None = None  # modification time of a local file when the source was made
+    problem: str | None = None  # why nothing of it can be read
 
 
 @dataclass(frozen=True)
@@ -78,9 +90,8 @@ class Unit:
     file: int  # index in source.files
     start: int
     stop: int
-    first_row: (
-        int | None
-    )  # the file's row number of the unit's first row; None where nobody counted so far
+    # the file's row number of the unit's first row; None where nobody counted so far
+    first_row: int | None
     num_bytes: int  # stored bytes that hold the unit's text: what progress is measured in
 
 
@@ -103,7 +114,7 @@ class Position:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict) -> Position:
+    def from_json(cls, value: dict) -> Self:
         return cls(**value)
 
 
@@ -111,15 +122,13 @@ class Position:
 class Batch:
     """Consecutive rows of a unit: `kept` of its `num_rows` rows are documents."""
 
-    texts: pa.Array  # (kept,) string or large_string: valid UTF-8, no null, no empty text
-    rows: np.ndarray  # (kept,) int64, counted from the unit's first row
+    texts: "pa.Array"  # (kept,) string or large_string: valid UTF-8, no null, no empty text
+    rows: "np.ndarray"  # (kept,) int64, counted from the unit's first row
     num_rows: int  # rows that this batch consumed, with those that are left out
     # int64 rows left out: "empty" texts and, with on_bad_document="skip", "bad" ones; a whole
     # "unreadable file" counts as one row
-    skipped: dict[str, np.ndarray]
-    token_counts: np.ndarray | None = (
-        None  # (kept,) int64, the file's token_count column, where it has one
-    )
-    offsets: np.ndarray | None = (
-        None  # (kept,) int64, byte where each row begins; plain jsonl and txt only
-    )
+    skipped: "dict[str, np.ndarray]"
+    # (kept,) int64, the file's token_count column, where it has one
+    token_counts: "np.ndarray | None" = None
+    # (kept,) int64, byte where each row begins; plain jsonl and txt only
+    offsets: "np.ndarray | None" = None

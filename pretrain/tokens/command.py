@@ -42,6 +42,8 @@ class Request:
     out_dir: Path | None = None
     shard_name: str | None = None
     num_proc: int | None = None
+    engine: str = "local"
+    ray_address: str | None = None
     tokenizer_backend: str = "auto"
     check_every: int = 1000
     on_bad_document: str = "stop"
@@ -61,7 +63,11 @@ def run(request: Request) -> int:
     folder, source = request.out_dir, None
     try:
         if request.source and not (folder and request.verify):
-            source = local_source(request.source, text_column=request.settings.text_column)
+            source = local_source(
+                request.source,
+                text_column=request.settings.text_column,
+                on_bad_document=request.on_bad_document,
+            )
         folder = folder or Path("data") / request.name(source)
         if request.verify:
             return verify(folder)
@@ -110,12 +116,43 @@ def build(request: Request, folder: Path, source: Source | None) -> int:
     if request.dry_run:
         return 0
     work.progress = ConsoleProgress(expected, settings.max_tokens)
+    make = ENGINES[request.engine]
     with contextlib.closing(work.progress):
-        manifest = build_shards(
-            source, folder, settings, work, name=name, expected_tokens=expected.tokens
-        )
+        manifest = make(request, source, folder, work, name, expected.tokens)
     print_result(folder, manifest)
     return 0
+
+
+def build_here(
+    request: Request, source: Source, folder: Path, work: Work, name: str, tokens: int
+) -> Manifest:
+    """On this machine."""
+    return build_shards(source, folder, request.settings, work, name=name, expected_tokens=tokens)
+
+
+def build_on_ray(
+    request: Request, source: Source, folder: Path, work: Work, name: str, tokens: int
+) -> Manifest:
+    """On a Ray cluster, or on one that is started here. Its shards are verified before they count:
+    no engine's word is taken for them."""
+    from pretrain.tokens.ray_engine import RayEngine
+    from pretrain.tokens.staged import build_staged, scratch_bytes
+
+    with RayEngine(request.ray_address, request.num_proc) as engine:
+        here = "on this machine" if request.ray_address is None else f"at {request.ray_address}"
+        scratch = in_bytes(scratch_bytes(request.settings, engine.workers))
+        print(f"engine      Ray {here}, {engine.workers} workers, scratch of up to {scratch}")
+        manifest = build_staged(
+            source, folder, request.settings, work, engine, name=name, expected_tokens=tokens
+        )
+    findings = verify_folder(folder)
+    if findings.problems:
+        raise ShardError(f"{folder}: {'; '.join(findings.problems[:5])}")
+    return manifest
+
+
+# Where units run. An engine is a line here, and a file that has an Engine of tokens/staged.py.
+ENGINES = {"local": build_here, "ray": build_on_ray}
 
 
 def open_dataset(settings: Settings, manifest: Manifest | None) -> Source:

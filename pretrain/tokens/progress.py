@@ -69,13 +69,22 @@ class ConsoleProgress(Callbacks):
             self.read_tokens = self.tokens
             self.read_bytes += self.current.num_bytes
         self.current = batch.unit
-        self.tokens += len(batch.tokens)
-        self.text_bytes += batch.text_bytes
+        self._add(len(batch.tokens), batch.text_bytes)
+
+    def unit(self, unit: Unit, tokens: int, text_bytes: int) -> None:
+        self.read_tokens += tokens
+        self.read_bytes += unit.num_bytes
+        self._add(tokens, text_bytes)
+
+    def _add(self, tokens: int, text_bytes: int) -> None:
+        """Show that so much more is done."""
+        self.tokens += tokens
+        self.text_bytes += text_bytes
         seconds = max(1e-6, time.perf_counter() - self.t0)
         state = f"{self.text_bytes / seconds / 1e6:.0f} MB/s, shard {self.shards}"
         self.bar.total = self.total_tokens()
         self.bar.set_postfix_str(state, refresh=False)
-        self.bar.update(len(batch.tokens))
+        self.bar.update(tokens)
         if self.bar.disable and self.t0 + seconds > self.line_at:
             self.line_at += LINE_SECONDS
             done, rate = self.before + self.tokens, self.tokens / seconds

@@ -35,14 +35,14 @@ from pretrain.errors import UserError
 from pretrain.text.documents import Position, Source, SourceError, Unit, plan_units
 from pretrain.tokens.build import (
     SMALL_SHARE,
-    BuildRefused,
     Settings,
     Work,
     new_manifest,
     no_documents,
-    prepare_folder,
+    rebuild_shard,
     share_of,
 )
+from pretrain.tokens.folder import BuildRefused, damaged_shards, prepare_folder
 from pretrain.tokens.packing import Packer
 from pretrain.tokens.pipeline import TokenBatch, tokenize_unit
 from pretrain.tokens.shards import TOKEN, Manifest, Shard
@@ -77,6 +77,17 @@ class DirectEngine:
         """See Engine."""
         for task in tasks:
             yield task, function(task)
+
+
+def scratch_bytes(settings: Settings, workers: int) -> int:
+    """About how many bytes of units lie in the scratch at most, in a build that counts nothing
+    first: the tokens of two waves, and where their documents lie."""
+    return 3 * wave_bytes(settings, workers)
+
+
+def wave_bytes(settings: Settings, workers: int) -> int:
+    """Stored bytes of text in a wave; its tokens take about half as many."""
+    return max(WAVE_SHARDS * 2 * settings.shard_size, workers * UNIT_BYTES)
 
 
 class ScratchError(UserError):
@@ -292,6 +303,8 @@ def build_staged(
     """
     with prepare_folder(source, folder, settings, name or source.name) as manifest:
         build = StagedBuild(source, folder, settings, work, engine)
+        for shard in damaged_shards(folder, manifest) if manifest else ():
+            rebuild_shard(source, folder, manifest, shard, work)
         if not (manifest and manifest.complete):
             manifest = build.run(manifest, name or source.name, expected_tokens)
         shutil.rmtree(build.scratch, ignore_errors=True)
@@ -378,7 +391,7 @@ class StagedBuild:
     def _waves(self, resume: Position | None) -> Iterator[list[Unit]]:
         """The units from a position on, as many at a time as make a wave. Each file's units are
         planned on their own, so that they are the same in every run."""
-        size = max(WAVE_SHARDS * 2 * self.settings.shard_size, self.engine.workers * UNIT_BYTES)
+        size = wave_bytes(self.settings, self.engine.workers)
         wave: list[Unit] = []
         first_file = resume.file if resume else 0
         for index in range(first_file, len(self.source.files)):

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pretrain.text.documents import Position, SourceError, local_source, plan_units, read_unit
-from pretrain.text.readers import parquet, textfile
+from pretrain.text.readers import blocks, jsonl, parquet, txt
 from pretrain.tokens.estimate import estimate
 
 ROOT = Path(__file__).parents[2]
@@ -78,9 +78,9 @@ def write_parquet(path, texts, *, type=None, row_group_size=3, **columns):
 @pytest.fixture
 def tiny_blocks(monkeypatch):
     """Files are read a few bytes at a time, so that every boundary falls everywhere."""
-    monkeypatch.setattr(textfile, "BLOCK", 5)
-    monkeypatch.setattr(textfile, "OVERRUN", 2)
-    monkeypatch.setattr(textfile, "BATCH_BYTES", 20)
+    monkeypatch.setattr(blocks, "BLOCK", 5)
+    monkeypatch.setattr(blocks, "OVERRUN", 2)
+    monkeypatch.setattr(txt, "BATCH_BYTES", 20)
     monkeypatch.setattr(parquet, "BATCH_BYTES", 20)
 
 
@@ -147,8 +147,8 @@ def test_a_text_without_separators_is_one_document_to_the_last_byte(tmp_path):
 
 
 def test_a_large_text_file_is_read_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(textfile, "BATCH_BYTES", 1 << 20)
-    monkeypatch.setattr(textfile, "BLOCK", 1 << 20)
+    monkeypatch.setattr(txt, "BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 20)
     document = "word " * 400 + "\n<|endoftext|>\n"
     source = local_source([write(tmp_path / "a.txt", document * 15_000)])  # 30 MB
     (unit,) = plan_units(source, unit_bytes=ENDLESS)
@@ -291,7 +291,7 @@ FRAGMENTS = [
 @settings(quick, max_examples=1500)
 def test_the_fast_json_parser_answers_only_what_json_loads_would(block):
     lines = block.split(b"\n")
-    texts = textfile.parse_lines_fast(block, lines, "text")
+    texts = jsonl.parse_lines_fast(block, lines, "text")
     if texts is not None:
         assert texts.to_pylist() == [json.loads(line.decode())["text"] for line in lines]
 
@@ -302,7 +302,7 @@ def test_the_fast_json_parser_is_used_for_ordinary_lines():
         json.dumps({"text": f"déjà {i}\n", "id": [i, "x", None, {}][i % 4]}).encode()
         for i in range(9)
     ]
-    texts = textfile.parse_lines_fast(b"\n".join(lines), lines, "text")
+    texts = jsonl.parse_lines_fast(b"\n".join(lines), lines, "text")
     assert texts.to_pylist() == [f"déjà {i}\n" for i in range(9)]
 
 

@@ -26,7 +26,7 @@ from pretrain.text.documents import (
     plan_units,
     read_unit,
 )
-from pretrain.text.readers import parquet, textfile
+from pretrain.text.readers import blocks, parquet
 from pretrain.tokens.estimate import estimate
 
 # Short waits between attempts, and time for a busy machine; the other is for a Hub that does not
@@ -422,8 +422,8 @@ def test_a_column_chunk_too_large_to_hold_is_streamed_through_faults(on_hub, mon
     "name", ["corpus.jsonl", "corpus.txt", "corpus.jsonl.gz", "corpus.txt.zst"]
 )
 def test_text_files_on_the_hub_are_read_like_local_ones(on_hub, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(textfile, "BLOCK", 3000)
-    monkeypatch.setattr(textfile, "OVERRUN", 100)
+    monkeypatch.setattr(blocks, "BLOCK", 3000)
+    monkeypatch.setattr(blocks, "OVERRUN", 100)
     lines = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS)
     data = (lines if "jsonl" in name else "\n<|endoftext|>\n".join(TEXTS)).encode()
     data = gzip.compress(data) if name.endswith("gz") else data

@@ -5,27 +5,36 @@ remote file is told which bytes will be wanted, so that a batch costs one reques
 page.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+import functools
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pretrain.errors import first_line
 from pretrain.text import arrow
-from pretrain.text.source import Batch
+from pretrain.text.foreign import foreign
+from pretrain.text.source import (
+    Batch,
+    File,
+    Patience,
+    Position,
+    Report,
+    Source,
+    SourceError,
+    Unit,
+    UnreadableFile,
+)
+from pretrain.text.stored import head, open_file
 
 BATCH_BYTES = 8 << 20  # text in a batch, unless a single document has more
 LOAD_BYTES = 32 << 20  # stored bytes of a remote batch that are fetched into memory in one go
 READ_BYTES = 1 << 20  # bytes that pyarrow asks a file for
-UNREADABLE_FILE = "unreadable file"  # the reason in Batch.skipped
 TOKEN_COUNT = "token_count"  # FineWeb's column: GPT-2 tokens of the row's text, without end-of-text
-
-Report = Callable[
-    [int, "int | None", str], None
-]  # (row in the unit, byte offset or None, what is wrong)
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,9 @@ class Footer:
         ranges = []
         for leaf in self.leaves:
             chunk = self.metadata.row_group(row_group).column(leaf)
-            start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
+            start = min(
+                filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)), default=0
+            )
             ranges.append((start, start + chunk.total_compressed_size))
         return ranges
 
@@ -53,30 +64,114 @@ class Footer:
         return self.metadata.row_group(row_group).column(self.leaves[0]).total_uncompressed_size
 
 
-def read_footer(file, column: str) -> Footer:
-    """Raises ValueError where `column` is missing or no text, pyarrow's errors for what is no
-    parquet."""
+def plan(source: Source, index: int, unit_bytes: int, start: Position) -> Iterator[Unit]:
+    """Row groups of file `index` from the one that has row `start.row` on."""
+    file = source.files[index]
+    if not file.url:
+        os.stat(file.path)  # a footer that was kept may be of a file that has gone since
+    known = footer(file, source.text_column, source.patience)
+    groups = known.metadata.num_row_groups
+    group, first_row = 0, 0
+    while group < groups and first_row + known.num_rows(group) <= start.row:
+        first_row, group = first_row + known.num_rows(group), group + 1
+    size, rows, begin = 0, 0, group
+    for group in range(begin, groups):
+        chunk_start, chunk_stop = known.ranges(group)[0]
+        size, rows = size + chunk_stop - chunk_start, rows + known.num_rows(group)
+        if size >= unit_bytes or group + 1 == groups:
+            yield Unit(index, begin, group + 1, first_row, size)
+            begin, first_row, size, rows = group + 1, first_row + rows, 0, 0
+
+
+def read(
+    source: Source, unit: Unit, stored: Any, *, skip_rows: int, report: Report
+) -> Iterator[Batch]:
+    """The unit's row groups without their first `skip_rows` rows."""
+    known = footer(source.files[unit.file], source.text_column, source.patience)
+    yield from read_row_groups(
+        stored, known, unit.start, unit.stop, skip_rows=skip_rows, report=report
+    )
+
+
+def place(file: File, unit: Unit, row: int, offset: int | None) -> str:
+    return f"{file.path}, row {(unit.first_row or 0) + row}"
+
+
+@functools.lru_cache(maxsize=4)
+def footer(file: File, text_column: str, patience: Patience) -> Footer:
+    """The footer of a parquet file; the latest are kept for the units that follow. Raises
+    UnreadableFile for a file that is not whole, is no parquet or has no such text."""
+    with open_file(file, patience) as stored:
+        try:
+            return read_footer(stored, text_column)
+        except ValueError as error:
+            if not isinstance(error, pa.ArrowException):
+                raise UnreadableFile(f"{file.path}: {error}") from None
+            failure: Exception = error
+        except (pa.ArrowException, OSError) as error:
+            failure = error
+    if isinstance(failure, OSError) and failure.errno:  # the system's word, not the file's fault
+        raise SourceError(f"{file.path}: {failure.strerror}")
+    if what := foreign(head(file, patience), "parquet", None) or encryption(failure):
+        raise UnreadableFile(f"{file.path}: {what}")
+    raise UnreadableFile(
+        f"{file.path}: not a whole parquet file ({first_line(failure)}); get it again"
+    )
+
+
+def encryption(failure: Exception) -> str | None:
+    """What to do where pyarrow fails because the file, its footer or a column is encrypted."""
+    if "crypt" in str(failure).lower():
+        return "is encrypted; write it anew without encryption"
+    return None
+
+
+def read_footer(file: Any, column: str) -> Footer:
+    """Raises ValueError where `column` is missing, there twice or no text; pyarrow's errors for
+    what is no parquet."""
     parquet = pq.ParquetFile(file)
     schema = parquet.schema_arrow
-    if column not in schema.names:
-        raise ValueError(
-            f"no column {column!r}; choose --text_column from {', '.join(schema.names)}"
-        )
+    count = schema.names.count(column)
+    if count != 1:
+        there = f"{count} columns {column!r}" if count else f"no column {column!r}"
+        others = ", ".join(dict.fromkeys(name for name in schema.names if name != column))
+        raise ValueError(f"{there}; choose --text_column from {others or 'another file'}")
     if not _holds_text(schema.field(column).type):
         raise ValueError(f"column {column!r} holds {schema.field(column).type}, not text")
     columns = [column]
-    if column != TOKEN_COUNT in schema.names and pa.types.is_integer(
-        schema.field(TOKEN_COUNT).type
+    if (
+        column != TOKEN_COUNT
+        and schema.names.count(TOKEN_COUNT) == 1
+        and pa.types.is_integer(schema.field(TOKEN_COUNT).type)
     ):
         columns.append(TOKEN_COUNT)
     paths = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
-    return Footer(parquet.metadata, tuple(columns), tuple(paths.index(c) for c in columns))
+    known = Footer(parquet.metadata, tuple(columns), tuple(paths.index(c) for c in columns))
+    _check_sizes(known, file.seek(0, os.SEEK_END))
+    return known
+
+
+def _check_sizes(footer: Footer, file_size: int) -> None:
+    """Raise ValueError where a footer names bytes or rows that cannot be."""
+    groups = range(footer.metadata.num_row_groups)
+    rows = [footer.num_rows(group) for group in groups]
+    inside = all(
+        0 <= start <= stop <= file_size for group in groups for start, stop in footer.ranges(group)
+    )
+    sizes = [footer.text_bytes(group) for group in groups]
+    if not inside or min(rows + sizes, default=0) < 0 or sum(rows) != footer.metadata.num_rows:
+        raise ValueError("damaged: its footer contradicts itself; get it again")
 
 
 def _holds_text(t: pa.DataType) -> bool:
-    """Strings and bytes (which must be UTF-8) in any of Arrow's layouts."""
+    """Strings and bytes (which must be UTF-8) in any of Arrow's layouts, and nothing but nulls: a
+    part of a dataset can have no text at all."""
     t = t.value_type if pa.types.is_dictionary(t) else t
-    return str(t).removeprefix("large_").removesuffix("_view") in ("string", "binary")
+    return str(t).removeprefix("large_").removesuffix("_view") in (
+        "string",
+        "binary",
+        "null",
+    )
 
 
 def read_row_groups(
@@ -116,7 +211,8 @@ def read_row_groups(
 def _groups_of_a_batch(footer: Footer, start: int, stop: int) -> Iterator[list[int]]:
     """Consecutive row groups with about BATCH_BYTES of text: small ones are read like large
     ones."""
-    groups, size = [], 0
+    groups: list[int] = []
+    size = 0
     for group in range(start, stop):
         groups, size = [*groups, group], size + footer.text_bytes(group)
         if size >= BATCH_BYTES:
@@ -138,6 +234,8 @@ def _fetch(file, footer: Footer, groups: list[int]) -> None:
 def _batch(texts: pa.Array, counts: pa.Array | None, first: int, report: Report) -> Batch:
     """A batch of the rows from `first` on. texts: any type that _holds_text accepts, nulls
     included."""
+    if pa.types.is_null(texts.type):
+        texts = pa.nulls(len(texts), pa.string())
     if pa.types.is_dictionary(texts.type):
         texts = texts.dictionary_decode()
     if str(texts.type).endswith("_view"):
@@ -158,11 +256,6 @@ def _batch(texts: pa.Array, counts: pa.Array | None, first: int, report: Report)
     return Batch(texts, first + np.flatnonzero(keep), len(keep), skipped, counts)
 
 
-def unreadable_file() -> Batch:
-    """What stands for a file that is left out as a whole."""
-    return Batch(arrow.strings([]), np.array([], np.int64), 1, {UNREADABLE_FILE: np.array([0])})
-
-
 def _invalid_utf8(texts: pa.Array) -> list[tuple[int, str]]:
     """(index, what is wrong) of strings that are not UTF-8: pyarrow does not check when it
     reads."""
@@ -173,14 +266,5 @@ def _invalid_utf8(texts: pa.Array) -> list[tuple[int, str]]:
         values = texts.view(
             pa.large_binary() if pa.types.is_large_string(texts.type) else pa.binary()
         )
-        problems = [utf8_problem(value or b"") for value in values.to_pylist()]
+        problems = [arrow.utf8_problem(value or b"") for value in values.to_pylist()]
         return [(i, what) for i, what in enumerate(problems) if what]
-
-
-def utf8_problem(data: bytes) -> str | None:
-    """Why these bytes are not UTF-8, None if they are."""
-    try:
-        data.decode()
-    except UnicodeDecodeError as e:
-        return f"invalid UTF-8 at byte {e.start} of the text (0x{data[e.start]:02x})"
-    return None
