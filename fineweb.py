@@ -187,8 +187,8 @@ def add_work_flags(add: Callable[..., Any]) -> None:
     add(
         "--ray_address",
         metavar="ADDRESS",
-        help="for --engine ray: auto, or HOST:PORT of a cluster that `ray start` made (default: one "
-        "is started on this machine, of --num_proc cores)",
+        help="for --engine ray: auto, or HOST:PORT of a cluster that `ray start` made (default: "
+        "one is started on this machine, of --num_proc cores)",
     )
     add("--dry_run", action="store_true", help="say what would be done, and do none of it")
     add(

@@ -118,20 +118,20 @@ def build(request: Request, folder: Path, source: Source | None) -> int:
     work.progress = ConsoleProgress(expected, settings.max_tokens)
     make = ENGINES[request.engine]
     with contextlib.closing(work.progress):
-        manifest = make(request, source, folder, work, name, expected.tokens)
+        manifest = make(request, source, folder, work, name=name, tokens=expected.tokens)
     print_result(folder, manifest)
     return 0
 
 
 def build_here(
-    request: Request, source: Source, folder: Path, work: Work, name: str, tokens: int
+    request: Request, source: Source, folder: Path, work: Work, *, name: str, tokens: int
 ) -> Manifest:
     """On this machine."""
     return build_shards(source, folder, request.settings, work, name=name, expected_tokens=tokens)
 
 
 def build_on_ray(
-    request: Request, source: Source, folder: Path, work: Work, name: str, tokens: int
+    request: Request, source: Source, folder: Path, work: Work, *, name: str, tokens: int
 ) -> Manifest:
     """On a Ray cluster, or on one that is started here. Its shards are verified before they count:
     no engine's word is taken for them."""

@@ -110,13 +110,13 @@ def _result(reference: Any, task: Any) -> Any:
         where = task.source.files[what].path if what is not None else f"shard {task.index}"
         raise RayError(
             f"{where}: its worker died {RETRIES + 1} times ({type(error).__name__}: often a "
-            "lack of memory, which `ray start --num-cpus N` with a smaller N eases); the same command "
-            "continues"
+            "lack of memory, which `ray start --num-cpus N` with a smaller N eases); the same "
+            "command continues"
         ) from None
 
 
 def _same_code(is_remote: bool) -> dict[str, Any]:
-    """What lets a worker import this package: its folder on this machine, a copy of it on others."""
+    """What lets a worker import this package: its folder here, a copy of it on other machines."""
     variables = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     if is_remote:
         package = str(Path(__file__).parents[1])

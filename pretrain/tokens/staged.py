@@ -45,7 +45,7 @@ from pretrain.tokens.build import (
 from pretrain.tokens.folder import BuildRefused, damaged_shards, prepare_folder
 from pretrain.tokens.packing import Packer
 from pretrain.tokens.pipeline import TokenBatch, tokenize_unit
-from pretrain.tokens.shards import TOKEN, Manifest, Shard
+from pretrain.tokens.shards import MANIFEST, TOKEN, Manifest, Shard, ShardError
 from pretrain.tokens.tokenizer import Tokenizer
 
 SCRATCH = ".staged"
@@ -240,6 +240,13 @@ class _OneShardManifest(Manifest):
         pass
 
 
+class _OneShardPacker(Packer):
+    """Begins where it is told: the shard before may not be there yet."""
+
+    def _check_position(self, batch: TokenBatch, first_row: int) -> None:
+        pass
+
+
 def pack_shard(job: ShardJob) -> tuple[Shard, dict]:
     """Write one shard; returns what the manifest says of it, and the position behind it."""
     val = "val" if job.index == 0 else "train"
@@ -253,20 +260,18 @@ def pack_shard(job: ShardJob) -> tuple[Shard, dict]:
         shards=before[: job.index],
         next=job.first.to_json() if job.first else None,
     )
-    packer = Packer(
+    packer = _OneShardPacker(
         job.folder,
         manifest,
         shard_size=job.size,
         max_tokens=None if job.is_last else job.stop,
         total_tokens=job.stop,
     )
-    packer.resumed = 0
     try:
         for number, record in job.units:
             batch = read_scratch(job.folder / SCRATCH, record)
             if number < job.start:  # its beginning belongs to the shard before
-                packer.resumed = min(job.start - number, len(batch.tokens))
-                batch = _without_rows_before(batch, packer.resumed)
+                batch = _from_document_of(batch, job.start - number)
             packer.add(batch)
         if job.is_last:
             packer.finish()
@@ -275,12 +280,21 @@ def pack_shard(job: ShardJob) -> tuple[Shard, dict]:
     return manifest.shards[job.index], manifest.next or {}
 
 
-def _without_rows_before(batch: TokenBatch, token: int) -> TokenBatch:
-    """The batch without the rows left out up to the document that holds its token `token` - 1: they
-    are counted with the shard that has this one."""
-    document = int(np.searchsorted(np.cumsum(batch.counts), token))
-    row = batch.rows[document]
-    return replace(batch, skipped={why: rows[rows > row] for why, rows in batch.skipped.items()})
+def _from_document_of(batch: TokenBatch, token: int) -> TokenBatch:
+    """The batch from the document on that holds its token `token` - 1. Rows left out up to there
+    are counted with the shard that has this token."""
+    ends = np.cumsum(batch.counts)
+    first = int(np.searchsorted(ends, token))
+    row = batch.rows[first]
+    return replace(
+        batch,
+        tokens=batch.tokens[ends[first] - batch.counts[first] :],
+        counts=batch.counts[first:],
+        rows=batch.rows[first:],
+        offsets=None if batch.offsets is None else batch.offsets[first:],
+        token_counts=None if batch.token_counts is None else batch.token_counts[first:],
+        skipped={reason: rows[rows > row] for reason, rows in batch.skipped.items()},
+    )
 
 
 # ---- the whole
@@ -303,8 +317,9 @@ def build_staged(
     """
     with prepare_folder(source, folder, settings, name or source.name) as manifest:
         build = StagedBuild(source, folder, settings, work, engine)
-        for shard in damaged_shards(folder, manifest) if manifest else ():
-            rebuild_shard(source, folder, manifest, shard, work)
+        if manifest:
+            for shard in damaged_shards(folder, manifest):
+                rebuild_shard(source, folder, manifest, shard, work)
         if not (manifest and manifest.complete):
             manifest = build.run(manifest, name or source.name, expected_tokens)
         shutil.rmtree(build.scratch, ignore_errors=True)
@@ -424,21 +439,31 @@ class StagedBuild:
 
     def _find_place(self, manifest: Manifest, resume: Position) -> None:
         """Number the tokens of the units from the position at which the manifest ends."""
-        first = self.units[0]
-        batch = read_scratch(self.scratch, first)
-        if first.unit.first_row is None:  # a text file's: the position has the row's byte
-            place = int(np.searchsorted(batch.offsets, resume.offset))
-            first_row = resume.row - int(batch.rows[place])
-            known, self.units = self.units, []
-            for record in known:
-                if record.unit.file == first.unit.file:
-                    record = replace(record, unit=replace(record.unit, first_row=first_row))
-                    first_row += record.rows
-                self.units.append(record)
-            first = self.units[0]
-        place = int(np.searchsorted(batch.rows, resume.row - first.unit.first_row))
-        before = int(batch.counts[:place].sum()) + resume.token
-        self.start = manifest.tokens - before
+        batch = read_scratch(self.scratch, self.units[0])
+        first_row, wanted = self.units[0].unit.first_row, resume.row
+        if first_row is None:  # a text file's: the position has the row's byte, and so its row
+            offsets = np.zeros(0) if batch.offsets is None else batch.offsets
+            place = int(np.searchsorted(offsets, resume.offset or 0))
+            first_row = wanted - int(batch.rows[place]) if place < len(offsets) else 0
+            self._set_rows(self.units[0].unit.file, first_row)
+        place = int(np.searchsorted(batch.rows, wanted - first_row))
+        fits = place < len(batch.rows) and batch.rows[place] == wanted - first_row
+        if not fits or not 0 < resume.token <= batch.counts[place]:
+            raise ShardError(
+                f"{self.folder / MANIFEST}: its next position does not fit: no document has row "
+                f"{resume.row}, token {resume.token} of file {resume.file}; restore it, or remove "
+                "the folder and build it again"
+            )
+        self.start = manifest.tokens - int(batch.counts[:place].sum()) - resume.token
+
+    def _set_rows(self, file: int, first_row: int) -> None:
+        """Number the rows of a file's units, which begin with this row."""
+        known, self.units = self.units, []
+        for record in known:
+            if record.unit.file == file:
+                record = replace(record, unit=replace(record.unit, first_row=first_row))
+                first_row += record.rows
+            self.units.append(record)
 
     def _total(self) -> int:
         """All tokens up to the end of the units at hand, at most max_tokens."""

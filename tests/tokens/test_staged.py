@@ -255,7 +255,7 @@ def test_the_tokens_of_a_shard_are_those_of_the_documents(corpus, tmp_path, monk
     settings = Settings(shard_size=300, val_tokens=50)
     build_staged(source, tmp_path, settings, work(), MortalEngine(2), expected_tokens=0)
     encode = load_encoding().encode_ordinary
-    documents = (corpus / "d.txt").read_text().split("\n<|endoftext|>\n")
+    documents = (corpus / "d.txt").read_text().split("<|endoftext|>\n")
     want = [token for text in documents for token in (50256, *encode(text))]
     shards = [np.load(path) for path in sorted(tmp_path.glob("*.npy"), key=lambda p: p.name[-10:])]
     assert np.concatenate(shards).tolist() == want
