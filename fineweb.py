@@ -84,6 +84,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args, _, problems = parse(parser, sys.argv[1:] if argv is None else argv)
     if problems := problems + find_problems(args):
         parser.error("; ".join(problems))
+    if args.format == "npy":  # the default, which manifests do not write down
+        args.format = None
     if not args.source:
         args.dataset = args.dataset or DATASET
         args.name = args.name or (NAME if args.dataset in NAMED_DATASETS else None)
@@ -130,6 +132,12 @@ def add_shard_flags(add: Callable[..., Any]) -> None:
     add(
         "--shard_name",
         help="how file names begin (default: dataset and configuration, or name of the source)",
+    )
+    add(
+        "--format",
+        choices=("npy", "bin"),
+        help="of the shards: NumPy files, or .bin as llm.c and modded-nanogpt read them; "
+        "train_gpt2.py takes either (default: npy)",
     )
     add(
         "--shard_size",

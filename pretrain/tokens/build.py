@@ -66,6 +66,7 @@ class Settings:
     val_fraction: float | None = None
     max_tokens: int | None = None
     text_column: str = "text"
+    format: str | None = None  # of the shards: None is "npy", and "bin" llm.c's
     dataset: str | None = None  # this and what follows: for sources on the Hub
     name: str | None = None
     split: str | None = None

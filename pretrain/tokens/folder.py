@@ -9,6 +9,7 @@ from pretrain.errors import UserError
 from pretrain.files import lock, temporary_name
 from pretrain.text import documents
 from pretrain.text.documents import Source
+from pretrain.tokens.formats import token_files
 from pretrain.tokens.shards import (
     MANIFEST,
     NAME_PATTERN,
@@ -105,7 +106,7 @@ def _changed_files(recorded: list[dict], source: Source) -> list[str]:
 
 
 def _refuse_foreign_shards(folder: Path) -> None:
-    shards = sorted(path.name for path in folder.glob("*.npy") if NAME_PATTERN.fullmatch(path.name))
+    shards = sorted(path.name for path in token_files(folder))
     if shards:
         others = " and others" if len(shards) > 1 else ""
         raise BuildRefused(

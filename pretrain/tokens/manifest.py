@@ -25,7 +25,7 @@ FORMAT = 1  # of the manifest
 LARGEST_BYTES = 128 << 20  # of a manifest: all of FineWeb in shards of 100 million takes 60 MB
 LARGEST = 2**63 - 1
 SPLITS = ("val", "train")
-NAME_PATTERN = re.compile(r"(?P<name>.+)_(?P<split>val|train)_(?P<index>\d+)\.npy")
+NAME_PATTERN = re.compile(r"(?P<name>.+)_(?P<split>val|train)_(?P<index>\d+)\.(?P<ending>npy|bin)")
 
 
 class ShardError(UserError, ValueError):
@@ -67,6 +67,11 @@ class Manifest:
     shards: list[Shard] = field(default_factory=list)
     next: dict | None = None  # position at which the next shard begins
     complete: bool = False
+
+    @property
+    def ending(self) -> str:
+        """Of the shards' names: "npy" or "bin"."""
+        return self.settings.get("format", "npy")
 
     @property
     def tokens(self) -> int:
@@ -223,6 +228,7 @@ SETTINGS: dict[str, Check] = {
     "val_tokens": COUNT,
     "val_fraction": _is_share,
     "max_tokens": COUNT,
+    "format": lambda value: value in ("npy", "bin"),
     **dict.fromkeys(("text_column", "dataset", "name", "split", "revision"), _is_text),
 }
 TOKENIZER: dict[str, Check] = {

@@ -21,8 +21,9 @@ import numpy as np
 from pretrain.text.documents import Source, SourceError, local_source
 from pretrain.tokens.build import Settings, Work, build_shards
 from pretrain.tokens.estimate import estimate
+from pretrain.tokens.formats import token_files
 from pretrain.tokens.progress import ConsoleProgress
-from pretrain.tokens.shards import MANIFEST, NAME_PATTERN, Manifest, open_shard
+from pretrain.tokens.shards import MANIFEST, Manifest, open_shard
 from pretrain.tokens.tokenizer import Tokenizer
 
 VAL_FRACTION = 0.1
@@ -34,10 +35,7 @@ RUN_LOG, DATA = "metrics.jsonl", "data"  # what a run writes that could be taken
 def is_shard_folder(path: str | Path) -> bool:
     """Whether a folder holds shards, so that there is nothing to prepare."""
     path = Path(path)
-    return path.is_dir() and (
-        (path / MANIFEST).exists()
-        or any(NAME_PATTERN.fullmatch(file.name) for file in path.glob("*.npy"))
-    )
+    return path.is_dir() and ((path / MANIFEST).exists() or bool(token_files(path)))
 
 
 def prepare(

@@ -162,7 +162,8 @@ class Packer:
         size = self.manifest.val_tokens if index == 0 else self.shard_size
         for end in (self.max_tokens, self.total_tokens):
             size = size if end is None else min(size, end - self.manifest.tokens)
-        name = shard_name(self.manifest.name, "val" if index == 0 else "train", index)
+        split, ending = "val" if index == 0 else "train", self.manifest.ending
+        name = shard_name(self.manifest.name, split, index, ending)
         self.first = self.position
         self.writer = ShardWriter(self.folder / name, size)
         return self.writer

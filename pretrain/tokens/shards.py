@@ -4,13 +4,12 @@
     tokens = open_shard(paths[0])                  # (tokens,) uint16, mapped, not read
 
 A shard is a `.npy` file (version 1.0 header, 1-D little-endian uint16),
-`<name>_<split>_<index:06d>.npy`. Folders that others' scripts wrote in this layout open too: a
-manifest is needed only to resume and to verify.
+`<name>_<split>_<index:06d>.npy`. Folders that others' scripts wrote in this layout, and others'
+`.bin` files, open too (see formats.py): a manifest is needed only to resume and to verify.
 """
 
 import contextlib
 import hashlib
-import io
 import math
 import os
 import shlex
@@ -23,6 +22,7 @@ import numpy as np
 
 from pretrain.errors import first_line
 from pretrain.files import atomic_write, temporary_name
+from pretrain.tokens.formats import TOKEN, read_bin_header, shard_header, token_files
 from pretrain.tokens.manifest import (
     MANIFEST,
     NAME_PATTERN,
@@ -48,22 +48,12 @@ __all__ = [
 
 # What `python fineweb.py` writes and train_gpt2.py reads.
 DEFAULT_DATA_DIR = "data/fineweb-edu-sample-10BT"
-TOKEN = np.dtype("<u2")
 TOKEN_LIMIT = 50257  # GPT-2's vocabulary: ids are below it
 BLOCK_BYTES = 4 << 20  # read at a time while hashing
 
 
-def shard_name(name: str, split: str, index: int) -> str:
-    return f"{name}_{split}_{index:06d}.npy"
-
-
-def shard_header(tokens: int) -> bytes:
-    """The header (version 1.0) of a .npy file with `tokens` little-endian uint16, as np.save writes
-    it."""
-    file = io.BytesIO()
-    description = {"descr": TOKEN.str, "fortran_order": False, "shape": (tokens,)}
-    np.lib.format.write_array_header_1_0(file, description)
-    return file.getvalue()
+def shard_name(name: str, split: str, index: int, ending: str = "npy") -> str:
+    return f"{name}_{split}_{index:06d}.{ending}"
 
 
 class ShardWriter:
@@ -75,12 +65,13 @@ class ShardWriter:
 
     def __init__(self, path: Path, tokens: int):
         self.path, self.expected, self.tokens = path, tokens, 0
+        self.ending = path.suffix.removeprefix(".")
         self.sha256, self.hasher = hashlib.sha256(), ThreadPoolExecutor(1)
         self._ending = contextlib.ExitStack()
         self._ending.callback(self.hasher.shutdown)
         with self._cleaned_up():
             self.file = self._ending.enter_context(atomic_write(path))
-            self._write(shard_header(tokens))
+            self._write(shard_header(tokens, self.ending))
 
     @contextlib.contextmanager
     def _cleaned_up(self) -> Iterator[None]:
@@ -116,7 +107,7 @@ class ShardWriter:
         with self._cleaned_up():
             if self.tokens != self.expected:
                 self.file.seek(0)
-                self.file.write(shard_header(self.tokens))
+                self.file.write(shard_header(self.tokens, self.ending))
                 self.file.flush()
                 with open(temporary_name(self.path), "rb") as written:
                     self.sha256 = hashlib.file_digest(written, "sha256")  # type: ignore[assignment]
@@ -164,6 +155,11 @@ def open_shard(path: str | Path) -> np.ndarray:
     """Map a shard read-only: (tokens,) uint16. ShardError if it is missing, torn, empty, something
     else, or cannot be read."""
     with _opened(path) as file:
+        if Path(path).suffix == ".bin":
+            at, count = read_bin_header(Path(path), file, os.fstat(file.fileno()).st_size)
+            if count < 1:
+                raise ShardError(f"{path}: no tokens in it; build it again with fineweb.py")
+            return np.memmap(file, TOKEN, "r", at, (count,)).view(np.ndarray)
         shape, dtype = _read_header(path, file)
         at = file.tell()
         spare = os.fstat(file.fileno()).st_size - at - dtype.itemsize * math.prod(shape)
@@ -214,13 +210,7 @@ def find_shards(folder: str | Path, split: str) -> list[Path]:
                 "run the command that made the folder again: it makes them anew"
             )
     else:
-        found = [(NAME_PATTERN.fullmatch(path.name), path) for path in folder.glob("*.npy")]
-        named = [
-            (parts["name"], int(parts["index"]), path)
-            for parts, path in found
-            if parts and parts["split"] == split
-        ]
-        paths = [path for _, _, path in sorted(named)]
+        paths = token_files(folder, split)
     if not paths:
         state = "no such folder" if not folder.is_dir() else f"no {split} shards here"
         command = "python fineweb.py" + (
@@ -243,8 +233,7 @@ def data_fingerprint(folder: str | Path) -> str:
     if manifest and manifest.shards:
         lines = [f"{shard.file} {shard.tokens} {shard.sha256}" for shard in manifest.shards]
     else:
-        paths = [path for path in sorted(folder.glob("*.npy")) if NAME_PATTERN.fullmatch(path.name)]
-        lines = [_sample_line(path) for path in paths]
+        lines = [_sample_line(path) for path in sorted(token_files(folder))]
         if not lines:
             find_shards(folder, "train")  # says what is wrong with the folder
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -265,7 +254,8 @@ def has_size(path: Path, tokens: int) -> bool:
         size = os.stat(path).st_size
     except FileNotFoundError:
         return False
-    return path.is_file() and size == len(shard_header(tokens)) + TOKEN.itemsize * tokens
+    header = shard_header(tokens, path.suffix.removeprefix("."))
+    return path.is_file() and size == len(header) + TOKEN.itemsize * tokens
 
 
 def verify_shard(path: str | Path, expected: Shard | None = None) -> None:

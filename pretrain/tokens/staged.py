@@ -43,9 +43,10 @@ from pretrain.tokens.build import (
     share_of,
 )
 from pretrain.tokens.folder import BuildRefused, damaged_shards, prepare_folder
+from pretrain.tokens.formats import TOKEN
 from pretrain.tokens.packing import Packer
 from pretrain.tokens.pipeline import TokenBatch, tokenize_unit
-from pretrain.tokens.shards import MANIFEST, TOKEN, Manifest, Shard, ShardError
+from pretrain.tokens.shards import MANIFEST, Manifest, Shard, ShardError
 from pretrain.tokens.tokenizer import Tokenizer
 
 SCRATCH = ".staged"
@@ -138,7 +139,7 @@ def tokenize_to_scratch(job: UnitJob) -> UnitRecord:
     with files.atomic_write(job.scratch / f"{key}.tokens") as file:
         batches = tokenize_unit((job.unit, 0), job.source, job.tokenizer, job.on_bad_document)
         for batch in batches:
-            file.write(np.ascontiguousarray(batch.tokens, TOKEN))
+            file.write(np.ascontiguousarray(batch.tokens, TOKEN).data)
             counts.append(batch.counts)
             rows.append(batch.rows)
             offsets.append(batch.offsets)
@@ -148,11 +149,12 @@ def tokenize_to_scratch(job: UnitJob) -> UnitRecord:
             text_bytes, next_row = text_bytes + batch.text_bytes, batch.next_row
     index = {"counts": _joined(counts), "rows": _joined(rows)}
     for name, parts in (("offsets", offsets), ("token_counts", token_counts)):
-        if parts and all(part is not None for part in parts):
-            index[name] = _joined(parts)
+        there = [part for part in parts if part is not None]
+        if there and len(there) == len(parts):
+            index[name] = _joined(there)
     index |= {f"skipped {reason}": _joined(parts) for reason, parts in skipped.items()}
     with files.atomic_write(job.scratch / f"{key}.npz") as file:
-        np.savez(file, **index)
+        np.savez(file, allow_pickle=False, **index)
     record = UnitRecord(
         job.unit,
         tokens=int(index["counts"].sum()),
@@ -221,6 +223,7 @@ class ShardJob:
 
     folder: Path
     name: str
+    ending: str
     index: int
     start: int
     stop: int
@@ -254,7 +257,7 @@ def pack_shard(job: ShardJob) -> tuple[Shard, dict]:
     manifest = _OneShardManifest(
         job.name,
         {},
-        {},
+        {"format": job.ending},
         {},
         val_tokens=job.size,
         shards=before[: job.index],
@@ -490,7 +493,7 @@ class StagedBuild:
             if not is_last and stop + 1 > total:
                 break
             ends_all = is_last and stop == total and not self._has_enough()
-            jobs.append(self._shard_job(manifest.name, index, (start, stop), numbers, ends_all))
+            jobs.append(self._shard_job(manifest, index, (start, stop), numbers, ends_all=ends_all))
             start = stop
         made = dict(self.engine.map(pack_shard, jobs))
         for job in jobs:
@@ -503,7 +506,13 @@ class StagedBuild:
         self._drop_packed(manifest.tokens)
 
     def _shard_job(
-        self, name: str, index: int, place: tuple[int, int], numbers: list[int], ends_all: bool
+        self,
+        manifest: Manifest,
+        index: int,
+        place: tuple[int, int],
+        numbers: list[int],
+        *,
+        ends_all: bool,
     ) -> ShardJob:
         """The job of tokens place[0] to place[1], with the units from the one that holds the token
         before them to that of the last one. ends_all: nothing comes after."""
@@ -515,7 +524,8 @@ class StagedBuild:
         first = None if start == 0 else self._position(units[0], start)
         return ShardJob(
             self.folder,
-            name,
+            manifest.name,
+            manifest.ending,
             index,
             start,
             stop,

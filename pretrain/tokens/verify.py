@@ -27,10 +27,10 @@ from pretrain.text.documents import (
     read_unit,
 )
 from pretrain.tokens.folder import changes_of_source
+from pretrain.tokens.formats import token_files
 from pretrain.tokens.manifest import SPLITS
 from pretrain.tokens.shards import (
     MANIFEST,
-    NAME_PATTERN,
     Manifest,
     Shard,
     ShardError,
@@ -65,7 +65,7 @@ def verify_folder(folder: Path) -> Findings:
     manifest."""
     manifest = Manifest.load(folder)
     findings = Findings()
-    files = sorted(path.name for path in folder.glob("*.npy") if NAME_PATTERN.fullmatch(path.name))
+    files = sorted(path.name for path in token_files(folder))
     listed: list[tuple[str, Shard | None]] = [(name, None) for name in files]
     if manifest:
         listed = [(shard.file, shard) for shard in manifest.shards]
@@ -102,7 +102,7 @@ def _check_manifest(manifest: Manifest, files: list[str], findings: Findings) ->
     for index, shard in enumerate(manifest.shards):
         last = index + 1 == len(manifest.shards)
         size = manifest.settings.get("shard_size", shard.tokens) if index else manifest.val_tokens
-        if shard.file != shard_name(manifest.name, SPLITS[min(index, 1)], index):
+        if shard.file != shard_name(manifest.name, SPLITS[min(index, 1)], index, manifest.ending):
             findings.problems.append(f"{MANIFEST}: {shard.file} stands in place {index}")
         if shard.tokens > size or (shard.tokens < size and not (last and manifest.complete)):
             findings.problems.append(

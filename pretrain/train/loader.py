@@ -30,7 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.tokens.shards import NAME_PATTERN, Manifest, ShardError, open_shard, verify_shard
+from pretrain.tokens.formats import token_files
+from pretrain.tokens.shards import Manifest, ShardError, open_shard, verify_shard
 
 CHUNK_WINDOWS = 2048
 POOL_CHUNKS = 32
@@ -300,9 +301,7 @@ def verify_data(
     """
     manifest = Manifest.load(data_dir)
     expected = {shard.file: shard for shard in manifest.shards} if manifest else {}
-    paths = [
-        path for path in sorted(Path(data_dir).glob("*.npy")) if NAME_PATTERN.fullmatch(path.name)
-    ]
+    paths = sorted(token_files(Path(data_dir)))
     paths = [path for path in paths if not manifest or path.name in expected]
     if wanted is None:
         wanted = sum(path.stat().st_size for path in paths) <= VERIFIED_BYTES
