@@ -343,4 +343,6 @@ def _check_positions(record: dict) -> None:
             raise ValueError(f"position {asdict(here)}: the source has {len(files)} files")
         if files and (here.offset or 0) > files[here.file]["size"]:
             raise ValueError(f"position {asdict(here)} lies behind the end of its file")
+        if here.offset is not None and here.row > here.offset:  # each row takes a byte at least
+            raise ValueError(f"position {asdict(here)}: no {here.row} rows lie before that offset")
         last = here

@@ -145,6 +145,10 @@ def reopen_source(manifest: Manifest, patience: Patience | None = None) -> Sourc
     if missing := {"kind", "text_column", "files"} - there.keys():
         raise SourceError(f"{MANIFEST} does not record {', '.join(sorted(missing))} of its source")
     if there["kind"] == "local":
+        # A folder in the place of a file could be any large one.
+        gone = [file["path"] for file in there["files"] if not os.path.isfile(file["path"])]
+        if gone:
+            raise SourceError(f"{gone[0]}: no such file")
         return local_source(
             [file["path"] for file in there["files"]], text_column=there["text_column"]
         )
