@@ -1,8 +1,10 @@
 """Files that are whole but something else than their name says, and odd but whole ones."""
 
+import base64
 import gzip
 import io
 import random
+import re
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pyarrow.feather
 import pyarrow.orc
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.parquet import encryption
 
 from pretrain.text import foreign
 from pretrain.text.documents import SourceError, local_source, plan_units, read_unit
@@ -108,7 +111,7 @@ def test_an_archive_inside_of_gzip_is_named(tmp_path):
     for name, data in (("a.txt.gz", made_by(tarred)), ("b.jsonl.gz", made_by(zipped))):
         path = tmp_path / name
         path.write_bytes(gzip.compress(data))
-        with pytest.raises(SourceError, match="what is compressed in it is a (tar|zip) archive"):
+        with pytest.raises(SourceError, match=r"compressed in it is a (tar|zip) archive"):
             texts_of(path)
 
 
@@ -292,13 +295,57 @@ def test_a_part_without_any_text_has_rows_that_are_empty(tmp_path):
     assert batch.skipped["empty"].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_an_encrypted_footer_is_no_damage(tmp_path):
+def encrypted(path, plaintext_footer):
+    """A parquet file with an encrypted column of text."""
+
+    class Keys(encryption.KmsClient):
+        def wrap_key(self, key, master):
+            return base64.b64encode(key)
+
+        def unwrap_key(self, key, master):
+            return base64.b64decode(key)
+
+    settings = encryption.EncryptionConfiguration(
+        footer_key="footer", column_keys={"column": ["text"]}, plaintext_footer=plaintext_footer
+    )
+    properties = encryption.CryptoFactory(lambda _: Keys()).file_encryption_properties(
+        encryption.KmsConnectionConfig(), settings
+    )
+    with pq.ParquetWriter(path, TABLE.schema, encryption_properties=properties) as writer:
+        writer.write_table(TABLE)
+
+
+@pytest.mark.parametrize("plaintext_footer", [True, False])
+def test_an_encrypted_file_is_no_damage_and_does_not_end_the_process(tmp_path, plaintext_footer):
     path = tmp_path / "a.parquet"
-    path.write_bytes(b"PARE" + PARQUET[4:-4] + b"PARE")
-    with pytest.raises(
-        SourceError, match="is a Parquet file with an encrypted footer, not|encrypt"
-    ):
-        texts_of(path)
+    encrypted(path, plaintext_footer)
+    code = (
+        "import sys; from pretrain.text.documents import *\n"
+        "source = local_source([sys.argv[1]])\n"
+        "try: [list(read_unit(source, unit)) for unit in plan_units(source, unit_bytes=1)]\n"
+        "except SourceError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.search(r"a\.parquet: is .*encrypted.*; write it anew without", done.stdout)
+
+
+def test_a_text_that_a_dictionary_repeats_is_read_in_bounded_memory(tmp_path):
+    path = tmp_path / "a.parquet"
+    ids = pa.array([0, 1] * 1000, pa.int32())
+    values = pa.array(["x" * 1_000_000, "y" * 1_000_000])
+    repeated = pa.DictionaryArray.from_arrays(ids, values)
+    for told in (True, False):  # whether Arrow is told that it is a dictionary
+        pq.write_table(pa.table({"text": repeated}), path, store_schema=told)
+        source = local_source([path])
+        (unit,) = plan_units(source, unit_bytes=1)
+        sizes, rows, texts = [], 0, set()
+        for batch in read_unit(source, unit):
+            sizes.append(batch.texts.nbytes)
+            rows += batch.num_rows
+            texts |= {batch.texts[0].as_py(), batch.texts[-1].as_py()}
+        assert rows == len(ids) and texts == {"x" * 1_000_000, "y" * 1_000_000}
+        assert max(sizes) < 600 << 20
 
 
 def test_what_the_system_says_is_not_taken_for_damage(tmp_path, monkeypatch):
