@@ -11,10 +11,9 @@ It answers what `datasets` and `pretrain.text.hub` ask to resolve and read a dat
 request:
 
     fail_every=N, status, retry_after   every Nth request is answered with that status
-    cut_every=N                         every Nth body ends in its middle, though its full length
-    was declared stall_every=N                       every Nth body stops in its middle and the
-    connection stays open down_after=N                        after N requests every connection is
-    closed without an answer
+    cut_every=N         every Nth body ends in its middle, though its full length was declared
+    stall_every=N       every Nth body stops in its middle and the connection stays open
+    down_after=N        after N requests every connection is closed without an answer
 
 With link_uses=N, data is behind links on another host name that work N times, as signed ones do for
 a time. With token=T the Hub answers those who send T; with gated=True it says why to the others.

@@ -316,6 +316,8 @@ def _damage(error: Exception, source: Source, file: File) -> str:
     said = first_line(error).rstrip(".")
     if "crypt" in said.lower():
         return "is encrypted; write it anew without encryption"
+    if isinstance(error, MemoryError):
+        return f"more at once than the memory holds ({said})"
     if isinstance(error, pa.ArrowNotImplementedError):
         return f"cannot be read by this pyarrow ({said}); write it anew, or install a newer one"
     if file.compression == "zstd":

@@ -139,6 +139,10 @@ def _matches(base: Path, parts: tuple[str, ...]) -> Iterator[Found]:
     if not parts:
         yield from _entry(base)
         return
+    if (what := _look(base)) != FOLDER:
+        if what != FILE:
+            yield from _entry(base)
+        return
     part, rest = parts[0], parts[1:]
     if part == "**":
         for folder, problems, names in _folders_below(base):
@@ -154,7 +158,7 @@ def _matches(base: Path, parts: tuple[str, ...]) -> Iterator[Found]:
     elif os.path.lexists(base / part) or not glob.has_magic(part):
         if os.path.lexists(base / part):
             yield from _matches(base / part, rest)
-    elif _look(base) == FOLDER:
+    else:
         matching = re.compile(fnmatch.translate(os.path.normcase(part))).match
         for entry in _scan(base):
             if isinstance(entry, Found):

@@ -68,6 +68,8 @@ def foreign(head: bytes, kind: str, compression: str | None) -> str | None:
         found = "a web page", "get the file anew: a server's error or login page was saved"
     if found is None or found[0].lower() == expected or found[0] == f"a {EXPECTED[expected]} file":
         return None
+    if kind == "parquet" and "Parquet" in found[0]:
+        return f"is {found[0]}; {found[1]}"
     return f"is {found[0]}, not {EXPECTED[expected]}; {found[1]}"
 
 

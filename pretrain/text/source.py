@@ -4,6 +4,7 @@ Plain data that is pickled to worker processes and written into manifests; nothi
 file or the network. `pretrain.text.documents` makes sources and reads them.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Self
@@ -24,10 +25,11 @@ UNREADABLE_FILE = "unreadable file"  # the reason in Batch.skipped for a file le
 
 class SourceError(UserError):
     """A source cannot be read. One line for the user: which file and row, what is wrong, what to
-    do. Addresses in it lose their passwords and signatures here, for every message at once."""
+    do. Here every message loses line breaks (of a key of the document's) and its addresses their
+    passwords and signatures."""
 
     def __init__(self, message: str):
-        super().__init__(without_credentials(message))
+        super().__init__(re.sub(r"[\x00-\x1f\x7f]+", " ", without_credentials(message)))
 
 
 class UnreadableFile(SourceError):

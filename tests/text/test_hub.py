@@ -121,7 +121,8 @@ FORMS = b"""---
 configs:
 - {config_name: a, data_files: 'x/**'}
 - {config_name: b, data_files: ['y/1.jsonl', 'y/2*.jsonl']}
-- {config_name: c, data_files: [{split: train, path: 'x/deep/*.jsonl'}, {split: dev, path: [y/1.jsonl]}]}
+- {config_name: c, data_files: [{split: train, path: 'x/deep/*.jsonl'},
+   {split: dev, path: [y/1.jsonl]}]}
 - {config_name: d, data_dir: y, default: true}
 ---
 """
@@ -184,7 +185,8 @@ def files(repo, name):
     huggingface_hub.HfFileSystem.clear_instance_cache()
     builder = datasets.load_dataset_builder(repo, name)
     splits = builder.config.data_files.items()
-    return builder.config.name, {str(split): [f.split("@")[1] for f in files] for split, files in splits}
+    paths = {str(split): [f.split("@")[1] for f in files] for split, files in splits}
+    return builder.config.name, paths
 print(json.dumps([files(*asked) for asked in json.loads(sys.argv[1])]))
 """
 
@@ -261,7 +263,8 @@ def test_a_wrong_name_is_answered_at_once_with_the_way_out(on_hub, repos, tmp_pa
         b"---\nconfigs:\n"
         b"- {config_name: en, data_files: a.txt}\n- {config_name: de, data_files: b.txt}\n---\n"
     )
-    escape = f"---\nconfigs:\n- {{config_name: x, data_files: '{tmp_path.as_posix()}/secret.txt'}}\n---\n".encode()
+    secret = f"{tmp_path.as_posix()}/secret.txt"
+    escape = f"---\nconfigs:\n- {{config_name: x, data_files: '{secret}'}}\n---\n".encode()
     more = {
         "acme/table": {"t.csv": b"text\na\n"},
         "acme/choice": {"README.md": choice, "a.txt": b"x", "b.txt": b"x"},

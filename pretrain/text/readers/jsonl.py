@@ -199,7 +199,7 @@ def parse_line(line: bytes, column: str) -> str | None:
     if not isinstance(value, dict):
         raise ValueError(f"not a JSON object{_array_hint(line)}")
     if column not in value:
-        keys = ", ".join(list(value)[:20]) or "none"
+        keys = ", ".join(key[:80] for key in list(value)[:20]) or "none"
         raise ValueError(f"no key {column!r}; choose --text_column from {keys}")
     text = value[column]
     if text is None:

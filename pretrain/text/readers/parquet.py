@@ -34,6 +34,10 @@ from pretrain.text.stored import head, open_file
 BATCH_BYTES = 8 << 20  # text in a batch, unless a single document has more
 LOAD_BYTES = 32 << 20  # stored bytes of a remote batch that are fetched into memory in one go
 READ_BYTES = 1 << 20  # bytes that pyarrow asks a file for
+LARGEST_PIECE = 1 << 29  # bytes that a piece of a column can be decoded to, whatever it repeats
+FOOTER_BYTES = 1 << 16  # bytes at a file's end that pyarrow reads first
+SIGNATURE_BYTES = 28  # of a footer: nonce and tag of AES-GCM
+WITHOUT_ENCRYPTION = "write it anew without encryption"
 TOKEN_COUNT = "token_count"  # FineWeb's column: GPT-2 tokens of the row's text, without end-of-text
 
 
@@ -58,6 +62,9 @@ class Footer:
 
     def num_rows(self, row_group: int) -> int:
         return self.metadata.row_group(row_group).num_rows
+
+    def has_dictionary(self, row_group: int) -> bool:
+        return self.metadata.row_group(row_group).column(self.leaves[0]).has_dictionary_page
 
     def text_bytes(self, row_group: int) -> int:
         """Of the text column, uncompressed."""
@@ -122,14 +129,19 @@ def footer(file: File, text_column: str, patience: Patience) -> Footer:
 def encryption(failure: Exception) -> str | None:
     """What to do where pyarrow fails because the file, its footer or a column is encrypted."""
     if "crypt" in str(failure).lower():
-        return "is encrypted; write it anew without encryption"
+        return f"is encrypted; {WITHOUT_ENCRYPTION}"
     return None
 
 
 def read_footer(file: Any, column: str) -> Footer:
     """Raises ValueError where `column` is missing, there twice or no text; pyarrow's errors for
     what is no parquet."""
+    size = file.seek(0, os.SEEK_END)
+    if hasattr(file, "load"):  # one request for what pyarrow and this code read of it
+        file.load([(max(0, size - FOOTER_BYTES), size)])
     parquet = pq.ParquetFile(file)
+    if _is_signed(file, parquet.metadata.serialized_size):
+        raise ValueError(f"is encrypted; {WITHOUT_ENCRYPTION}")
     schema = parquet.schema_arrow
     count = schema.names.count(column)
     if count != 1:
@@ -147,8 +159,15 @@ def read_footer(file: Any, column: str) -> Footer:
         columns.append(TOKEN_COUNT)
     paths = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
     known = Footer(parquet.metadata, tuple(columns), tuple(paths.index(c) for c in columns))
-    _check_sizes(known, file.seek(0, os.SEEK_END))
+    _check_sizes(known, size)
     return known
+
+
+def _is_signed(file: Any, metadata_bytes: int) -> bool:
+    """Whether columns are encrypted behind a footer that is not: it carries a signature then.
+    pyarrow ends the process where such a column's metadata is asked for."""
+    file.seek(-8, os.SEEK_END)
+    return int.from_bytes(file.read(4), "little") - metadata_bytes == SIGNATURE_BYTES
 
 
 def _check_sizes(footer: Footer, file_size: int) -> None:
@@ -195,17 +214,42 @@ def read_row_groups(
             _fetch(file, footer, groups)
         rows, text_bytes = sum(map(footer.num_rows, groups)), sum(map(footer.text_bytes, groups))
         # a row group far larger than a batch is decoded piece by piece
-        at_once = max(
-            1, rows if text_bytes <= 2 * BATCH_BYTES else rows * BATCH_BYTES // text_bytes
+        at_once = rows if text_bytes <= 2 * BATCH_BYTES else rows * BATCH_BYTES // text_bytes
+        # a value that a dictionary has once can stand in every row: a megabyte becomes terabytes
+        if any(map(footer.has_dictionary, groups)):
+            at_once = min(at_once, max(64, LARGEST_PIECE // max(1, text_bytes)))
+        records = parquet.iter_batches(
+            max(1, at_once), groups, list(footer.columns), use_threads=False
         )
-        for record in parquet.iter_batches(
-            at_once, groups, list(footer.columns), use_threads=False
-        ):
-            begin, first = first, first + len(record)
+        for columns in _joined(records):
+            begin, first = first, first + len(columns[0])
             if first > skip_rows:
                 skip = max(0, skip_rows - begin)
-                counts = record.column(1).slice(skip) if len(footer.columns) > 1 else None
-                yield _batch(record.column(0).slice(skip), counts, begin + skip, report)
+                counts = columns[1].slice(skip) if len(columns) > 1 else None
+                yield _batch(columns[0].slice(skip), counts, begin + skip, report)
+
+
+def _joined(records: Iterator[pa.RecordBatch]) -> Iterator[list[pa.Array]]:
+    """The columns of consecutive pieces, as many pieces at a time as BATCH_BYTES hold."""
+    pending: list[pa.RecordBatch] = []
+    size = 0
+    for record in records:
+        if pending and size + record.nbytes > BATCH_BYTES:
+            yield _columns(pending)
+            pending, size = [], 0
+        pending.append(record)
+        size += record.nbytes
+        if pa.types.is_dictionary(record.schema.types[0]):  # its size is not that of its texts
+            size = BATCH_BYTES
+    if pending:
+        yield _columns(pending)
+
+
+def _columns(records: list[pa.RecordBatch]) -> list[pa.Array]:
+    if len(records) == 1:
+        return records[0].columns
+    names = range(records[0].num_columns)
+    return [pa.concat_arrays([record.column(i) for record in records]) for i in names]
 
 
 def _groups_of_a_batch(footer: Footer, start: int, stop: int) -> Iterator[list[int]]:
