@@ -15,12 +15,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from pretrain.ops import Linear, linear, linear_cross_entropy, score_head
 
 
 class CheckpointError(RuntimeError):
@@ -70,36 +72,6 @@ class KVCache:
         keys[:, :, self.length :] = k
         values[:, :, self.length :] = v
         return keys, values
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. With 1 to 4 rows in float32 on a CPU, that is in generation, MKL (2024.2) is
-    single-threaded or slow: as a batch of two halves of the weight the product is 2 to 6 times as
-    fast."""
-    rows = x.numel() // x.size(-1)
-    if (
-        not 0 < rows <= 4
-        or len(weight) % 2
-        or torch.is_grad_enabled()
-        or x.device.type != "cpu"
-        or x.dtype != torch.float32
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-    ):
-        return F.linear(x, weight, bias)
-    columns = x.reshape(rows, -1).t().expand(2, -1, -1)
-    y = (
-        torch.bmm(weight.unflatten(0, (2, -1)), columns)
-        .flatten(0, 1)
-        .t()
-        .reshape(*x.shape[:-1], -1)
-    )
-    return y if bias is None else y + bias
 
 
 class Attention(nn.Module):
@@ -272,7 +244,7 @@ class GPT(nn.Module):
         number of targets that were the likeliest token, number of targets. Negative targets do not
         count."""
         hidden, targets = self.hidden_states(idx).flatten(0, 1), targets.flatten()
-        losses, likeliest = _head(
+        losses, likeliest = score_head(
             hidden, self.transformer.wte.weight, targets, self.config.vocab_size
         )
         return losses.sum(), (likeliest == targets).sum(), (targets >= 0).sum()
@@ -384,119 +356,3 @@ def _build(config: GPTConfig, state: Mapping[str, Tensor]) -> GPT:
         first_problem = str(error).split("\n\t")[1]
         raise ValueError(f"its weights do not fit its configuration: {first_problem}") from None
     return model.eval()
-
-
-# The output head
-# --------------------------------------------------------------------------------------------
-
-
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, weights: Tensor | None = None
-) -> Tensor:
-    """Mean cross entropy of the logits hidden @ weight[:vocab_size].T, a part of which exists at a
-    time.
-
-    hidden (N, C), weight (padded vocabulary, C), targets int64 (N,). Value, float32, and gradients
-    are those of F.cross_entropy, NaN included where every target is negative. weights (N,): as in
-    GPT.forward.
-    """
-    counted = targets >= 0
-    weights = counted.float() if weights is None else counted * weights
-    if torch.is_grad_enabled():
-        total = _SummedCrossEntropy.apply(hidden, weight, targets.clamp(min=0), weights, vocab_size)
-    else:
-        losses, _ = _head(hidden, weight, targets, vocab_size)
-        total = (losses * weights).sum()
-    return total / counted.sum()
-
-
-class _Parts(NamedTuple):
-    """How much of the output head is computed at a time."""
-
-    rows: int  # of logits in memory
-    softmax_rows: int  # of them taken through the softmax
-    vocab: int  # rows of the weight's gradient
-
-    @classmethod
-    def on(cls, device: str) -> "_Parts":
-        if device != "cpu":
-            return cls(8192, 8192 if torch.compiler.is_compiling() else 2048, 1 << 30)
-        if torch.compiler.is_compiling():
-            return cls(512, 512, 1 << 30)
-        return cls(512, 8, 4096)  # so that intermediate results stay in the processor's caches
-
-
-class _SummedCrossEntropy(torch.autograd.Function):
-    """sum_i weights_i * cross_entropy(hidden_i @ weight.T, targets_i).
-
-    The gradient of a chunk's logits, softmax - one_hot, is formed while they exist, which leaves
-    backward with a product with a scalar. Entries are of order 1 whatever the loss scale, so
-    float16 holds them.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, vocab_size):  # noqa: PLR0917
-        device = hidden.device.type
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        )
-        parts = _Parts.on(device)
-        losses, d_hidden, d_weight = (
-            torch.empty_like(weights),
-            torch.empty_like(hidden),
-            torch.zeros_like(weight),
-        )
-        w = weight.to(dtype)
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(hidden), parts.rows):
-                rows = slice(start, start + parts.rows)
-                h, scale = hidden[rows].to(dtype), weights[rows, None]
-                logits = h @ w.t()
-                split = (t.split(parts.softmax_rows) for t in (logits, targets[rows], losses[rows]))
-                for some, target, loss in zip(*split, strict=True):
-                    loss.copy_(_logits_to_gradient(some, target, vocab_size))
-                d_hidden[rows] = (logits @ w) * scale
-                h = (h * scale).to(dtype)
-                split = (d_weight.split(parts.vocab), logits.split(parts.vocab, dim=1))
-                for d, d_logits in zip(*split, strict=True):
-                    d += d_logits.t() @ h
-        ctx.save_for_backward(d_hidden, d_weight)
-        return (losses * weights).sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        d_hidden, d_weight = ctx.saved_tensors  # scaled in place: they are as large as the weights
-        return d_hidden.mul_(grad), d_weight.mul_(grad), None, None, None
-
-
-def _logits_to_gradient(logits: Tensor, target: Tensor, vocab_size: int) -> Tensor:
-    """Losses (rows,) of logits (rows, padded vocabulary), which become softmax - one_hot in
-    place."""
-    logits[:, vocab_size:] = -torch.inf
-    target = target[:, None]
-    x = logits.float()
-    top, at_target = x.amax(1, keepdim=True), x.gather(1, target)
-    probs = x.softmax(1)
-    # log p of the target by way of the likeliest token, whose probability does not underflow: one
-    # exp per logit, where log_softmax and its exp take two.
-    log_p = at_target - top + probs.amax(1, keepdim=True).log()
-    logits.copy_(probs)
-    logits.scatter_(1, target, log_p.expm1().to(logits.dtype))  # p - 1, exact where p is near 1
-    return -log_p[:, 0]
-
-
-def _head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
-) -> tuple[Tensor, Tensor]:
-    """Losses, float32 (N,), 0 at negative targets, and the likeliest tokens (N,); no gradients."""
-    parts = _Parts.on(hidden.device.type)
-    losses, likeliest = [], []
-    for h, target in zip(hidden.split(parts.rows), targets.split(parts.rows), strict=True):
-        logits = F.linear(h, weight)[:, :vocab_size]
-        split = (logits.split(parts.softmax_rows), target.clamp(min=-1).split(parts.softmax_rows))
-        for some, t in zip(*split, strict=True):
-            x = some.float()
-            losses.append(F.cross_entropy(x, t, ignore_index=-1, reduction="none"))
-            likeliest.append(x.argmax(1))
-    return torch.cat(losses), torch.cat(likeliest)
