@@ -89,11 +89,13 @@ class Trainer:
     def make(self, kind: str, seed: int, rate: float) -> tuple[nn.Module, Any]:
         """A new model and its optimizer; rate: AdamW's for "classic", Muon's for "modern"."""
         torch.manual_seed(seed)
+        sizes: dict[str, Any] = dict(self.sizes)
+        how: dict[str, Any]
         if kind == "classic":
-            model: nn.Module = GPT(GPTConfig(n_head=self.sizes["n_embd"] // 64, **self.sizes))
+            model: nn.Module = GPT(GPTConfig(n_head=sizes["n_embd"] // 64, **sizes))
             how = {"name": "adamw", "weight_decay": 0.1, "betas": (0.9, 0.95)}
         else:
-            model = Modern(ModernConfig(n_head=self.sizes["n_embd"] // 128, **self.sizes))
+            model = Modern(ModernConfig(n_head=sizes["n_embd"] // 128, **sizes))
             how = {"name": "muon", "weight_decay": 0.05, "betas": (0.8, 0.95)}
         model = model.to(self.ranks.device).train()
         return model, make_optimizer(model, learning_rate=rate, **how)

@@ -111,7 +111,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """ReLU squared (So et al. 2021, "Primer")."""
+    """ReLU squared (So et al. 2021, "Primer"). In training it is computed again in backward, as
+    GELU is in model.GPT: of the two largest tensors of a block one is kept."""
 
     def __init__(self, config: ModernConfig):
         super().__init__()
@@ -119,7 +120,13 @@ class MLP(nn.Module):
         self.proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.fc(x).relu().square())
+        h = self.fc(x)
+        if self.training and torch.is_grad_enabled():
+            return checkpoint(self.project, h, use_reentrant=False, preserve_rng_state=False)
+        return self.project(h)
+
+    def project(self, h: Tensor) -> Tensor:
+        return self.proj(h.relu().square())
 
 
 class Block(nn.Module):
