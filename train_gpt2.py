@@ -64,8 +64,7 @@ from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.keytokens import key_token_weights, load_key_tokens
 from pretrain.train.loader import ShardLoader, TokenWindows, verify_data
-from pretrain.train.optim import make_optimizer
-from pretrain.train.schedule import learning_rate
+from pretrain.train.optim import learning_rate, make_optimizer
 from pretrain.train.settings import RIVALS, build_parser, check, set_length
 from pretrain.train.stopping import FiniteGuard, NotFinite, StopSignal
 
@@ -319,7 +318,7 @@ def train(
         model, learning_rate=args.learning_rate, weight_decay=args.weight_decay, betas=betas
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    guard = FiniteGuard(ranks, optimizer, scaler, late=device.type == "cuda")
+    guard = FiniteGuard(ranks, scaler)
     if saved:
         checkpoints.refuse_other_run(path, saved["run"], run)
         checkpoints.restore_optimizer(optimizer, saved["optimizer"])
@@ -437,7 +436,6 @@ def train(
         is_last = is_over()
         due = is_last or (args.eval_interval and progress.step % args.eval_interval == 0)
         if evaluated and due and progress.step != progress.last_eval_step:
-            guard.flush()
             distributed.synchronize(device)
             watch.pause()
             scores, endings = measure()
@@ -478,7 +476,7 @@ def train(
         x, y = next(batches)  # (accumulation, batch_size, block_size)
         progress.learning_rate = rate(progress.step)
         for group in optimizer.param_groups:
-            group["lr"] = progress.learning_rate
+            group["lr"] = progress.learning_rate * group["lr_scale"]
         loss = torch.zeros((), device=device)
         for micro_step in range(accumulation):
             if signal_number := stop.agreed():
@@ -532,13 +530,12 @@ def train(
         by_time = (
             args.checkpoint_minutes and time.monotonic() - saved_at > 60 * args.checkpoint_minutes
         )
-        if ranks.is_first and (by_step or by_time) and guard.is_clean():
+        if ranks.is_first and (by_step or by_time):
             watch.pause()
             save(checkpoints.RESUME)
             watch.resume()
             saved_at = time.monotonic()
 
-    guard.flush()
     if signal_number:
         say(f"signal {signal_number} at step {progress.step:,}: saving; the same command continues")
         is_saved = not ranks.is_first or save(checkpoints.RESUME)

@@ -21,7 +21,7 @@ from free_port import free_port
 import train_gpt2
 from model import GPT, GPTConfig
 from pretrain.report.runlog import last_per_step, read_log
-from pretrain.train.schedule import learning_rate
+from pretrain.train.optim import learning_rate
 from pretrain.train.settings import build_parser
 
 ROOT = Path(__file__).parent.parent
