@@ -9,11 +9,12 @@ No torch here, nor in what is imported at the top: --help and wrong flags answer
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, say
 from pretrain.flags import AMOUNT, COUNT, LARGEST, parse_with_config
 from pretrain.report import trackers
 from pretrain.text.source import SourceError
@@ -131,6 +132,21 @@ def resolve(argv: Sequence[str], world_size: int) -> tuple[TrainSettings, list[s
     return settings, problems or problems_of(settings)
 
 
+def from_command_line(argv: Sequence[str] | None) -> TrainSettings | None:
+    """The settings of a command line (None: this program's); None where something is wrong, which
+    the first process of each machine has said by then."""
+    settings, problems = resolve(sys.argv[1:] if argv is None else argv, _number("WORLD_SIZE", 1))
+    for problem in problems if _number("LOCAL_RANK", 0) == 0 else ():
+        say("train_gpt2.py", problem)
+    return None if problems else settings
+
+
+def _number(name: str, default: int) -> int:
+    """What torchrun set; what else stands there is refused where the ranks meet."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdecimal() else default
+
+
 def with_length(settings: TrainSettings, steps_per_epoch: float) -> TrainSettings:
     """The same settings with --epochs, where given, turned into the updates that it is, and what
     follows from it. Raises SettingsError for what contradicts it."""
@@ -147,8 +163,8 @@ def with_length(settings: TrainSettings, steps_per_epoch: float) -> TrainSetting
     warmup = settings.warmup_iters if "warmup_iters" in given else shortened
     if warmup > decay:
         raise SettingsError(
-            f"--warmup_iters {warmup}: after --lr_decay_iters {decay} ({settings.epochs:g} epochs are"
-            f" {updates:,} updates)"
+            f"--warmup_iters {warmup}: after --lr_decay_iters {decay} ({settings.epochs:g} epochs"
+            f" are {updates:,} updates)"
         )
     return replace(settings, max_iters=updates, lr_decay_iters=decay, warmup_iters=warmup)
 
