@@ -1,4 +1,4 @@
-"""How weights are updated: the optimizers, by name, and the learning rate as a function of the step.
+"""How weights are updated: the optimizers by name, and the learning rate as a function of step.
 
     optimizer = make_optimizer(
         model, name="muon", learning_rate=0.025, weight_decay=0.05, betas=(0.8, 0.95)

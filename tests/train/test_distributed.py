@@ -116,7 +116,10 @@ def test_alone_a_rank_is_its_own_sum_and_audience():
         ALONE.together(lambda: 1 / 0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_noted_and_handlers_are_put_back(number):
     before = signal.getsignal(number)
     with StopSignal(ALONE) as stop:
@@ -133,6 +136,17 @@ def test_with_nothing_to_save_a_signal_exits_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     assert stopped.value.code == 143
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal(ALONE) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.agreed() == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_outside_the_main_thread_signals_are_left_alone():
@@ -178,7 +192,7 @@ def test_an_update_that_is_not_finite_is_left_out_whatever_the_optimizer(kind):
     update(0, 1.0)
     good = weight.detach().clone()
     assert not torch.equal(good, torch.eye(3))
-    with pytest.raises(NotFinite, match="step 1: loss 1.0000 on rank 0, gradient norm nan"):
+    with pytest.raises(NotFinite, match=r"step 1: loss 1\.0000 on rank 0, gradient norm nan"):
         update(1, NAN)
     assert torch.equal(weight, good)
 
@@ -233,7 +247,19 @@ found = {{
     "on_first_fails": attempt(ranks.on_first, fail, ranks.rank, 0),
     "together": attempt(ranks.together, fail, ranks.rank, -1),
     "together_fails": attempt(ranks.together, fail, ranks.rank, 1),
+    "on_each_node": ranks.on_each_node(lambda: f"made by {{ranks.rank}}"),
+    "node_ranks": ranks.node_ranks,
 }}
+state = {{
+    "step": 3, "names": ("a", None), "empty": torch.empty(0, 4), "scalar": torch.tensor(7.0),
+    "model": {{"w": torch.arange(6.0).view(2, 3).T, "b": torch.ones(3, dtype=torch.bfloat16)}},
+    "optimizer": {{"state": {{0: {{"step": torch.tensor(2)}}}}, "param_groups": [{{"lr": 0.1}}]}},
+}}
+got = ranks.broadcast_state(state if ranks.rank == 0 else None)
+found["state"] = repr(got) == repr(state)
+ranks.nodes = ["a", "b"]  # as if each were on a machine of its own
+found["on_two_nodes"] = ranks.on_each_node(lambda: f"made by {{ranks.rank}}")
+found["on_two_nodes_fails"] = attempt(ranks.on_each_node, fail, ranks.rank, 1)
 guard = FiniteGuard(ranks, torch.amp.GradScaler("cpu", enabled=False))
 nan = torch.tensor(float("nan"))
 found["guard"] = attempt(guard.check, 5, nan if ranks.rank == 1 else torch.tensor(2.5), nan)
@@ -285,6 +311,17 @@ def test_two_ranks_add_up_gather_and_broadcast(found):
         assert values["sum"] == pytest.approx([1.2, 2.0], abs=1e-15)
         assert values["gather"] == [{"rank": 0}, {"rank": 1}]
         assert values["broadcast"] == "from 0" and values["on_first"] == "made by 0"
+
+
+def test_a_state_arrives_as_it_was_with_every_kind_of_tensor(found):
+    assert [values["state"] for values in found] == [True, True]
+
+
+def test_one_rank_a_machine_does_what_concerns_its_disk(found):
+    for rank, values in enumerate(found):
+        assert values["node_ranks"] == [0, 1] and values["on_each_node"] == "made by 0"
+        assert values["on_two_nodes"] == f"made by {rank}"
+        assert values["on_two_nodes_fails"] == "CheckpointError: rank 1 cannot"
 
 
 def test_what_fails_on_one_rank_is_raised_on_all(found):
