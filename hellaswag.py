@@ -15,12 +15,9 @@ The same evaluate() scores inside training.
 import argparse
 import contextlib
 import json
-import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +30,14 @@ from pretrain.eval.hellaswag import (
     Example,
     HellaSwagError,
     data_sha256,
-    encode,
     ensure_data,
     load_examples,
 )
+from pretrain.report.known import KNOWN, published
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
+    from pretrain.eval.scoring import Result
+    from pretrain.eval.scoring import score_examples as evaluate
 
 __all__ = [
     "DataUnavailable",
@@ -53,203 +50,32 @@ __all__ = [
     "main",
 ]
 
-# (acc, acc_norm) of OpenAI's weights on all 10,042 examples of val. completion: the loop that the
-# GPT-2 reproduction community uses; lm-eval: EleutherAI's lm-evaluation-harness, task hellaswag, no
-# examples in the prompt.
-PUBLISHED = {
-    "completion": {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)},
-    "lm-eval": {"gpt2": (0.2892, 0.3114), "gpt2-xl": (0.4004, 0.5089)},
-}
 DEFAULT_CHECKPOINT = Path("checkpoints/best_val_loss.pt")
 
 
-@dataclass(frozen=True)
-class Result:
-    """Accuracies, and the arrays that they are made of, in the order of the examples."""
+def __getattr__(name: str) -> Any:
+    """`evaluate` and `Result` are pretrain.eval.scoring's, loaded with torch when first asked for."""
+    from pretrain.eval import scoring
 
-    style: str
-    n: int  # examples
-    acc: float  # share whose right ending has the lowest loss, summed over its tokens
-    acc_norm: float  # the same of the loss per token (completion) or character (lm-eval)
-    acc_stderr: float  # sqrt(acc (1 - acc) / (n - 1)), NaN for one example
-    acc_norm_stderr: float
-    truncated: int  # endings whose context was cut on the left to fit into the model
-    seconds: float
-    losses: "np.ndarray"  # float64 (n, 4), summed, nats
-    losses_norm: "np.ndarray"  # float64 (n, 4), per token or character
-    picks: "np.ndarray"  # int64 (n,), index of the lowest loss, the first of equal ones
-    picks_norm: "np.ndarray"  # int64 (n,), the same of losses_norm
-    labels: "np.ndarray"  # int64 (n,)
-
-    def summary(self) -> dict[str, Any]:
-        """The numbers alone, as JSON takes them: a standard error that is not defined is None."""
-        names = (
-            "style",
-            "n",
-            "acc",
-            "acc_norm",
-            "acc_stderr",
-            "acc_norm_stderr",
-            "truncated",
-            "seconds",
-        )
-        values = {name: getattr(self, name) for name in names}
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
-
-
-def evaluate(
-    model: Callable,
-    examples: Sequence[Example],
-    *,
-    style: str = "completion",
-    batch_tokens: int | None = None,
-    device: "torch.device | str | None" = None,
-    dtype: "torch.dtype | None" = None,
-    rank: int = 0,
-    world_size: int = 1,
-    group: Any = None,
-    progress: bool = False,
-    interrupted: Callable[[], bool] = lambda: False,
-) -> Result | None:
-    """Score a model: our GPT or transformers' GPT-2 (either may be wrapped by DDP or
-    torch.compile), or, with less speed, anything that maps token ids int64 (B, T) to logits (B, T,
-    vocabulary).
-
-    batch_tokens: positions in a batch, which bounds the memory (default: by device). device:
-    default that of the model's weights. dtype: of the computation, by autocast (default: that of
-    the weights). With world_size > 1 all ranks call this with the same examples, add up their
-    losses in the process group `group`, and get the same whole result, that of world_size 1. The
-    model is in eval mode meanwhile, and in its own mode after.
-
-    Returns None if `interrupted`, which is asked after each batch, has said so on any rank. Raises
-    HellaSwagError if losses are not finite, or for a vocabulary that is not GPT-2's.
-    """
-    import numpy as np
-    import torch
-
-    from pretrain.eval import choices as engine
-    from pretrain.eval.generation import evaluating
-    from pretrain.tokens.tokenizer import VOCAB_SIZE, load_encoding
-
-    t0 = time.perf_counter()
-    weights = model.parameters() if hasattr(model, "parameters") else ()
-    device = torch.device(device or next((w.device for w in weights), "cpu"))
-    encoding = load_encoding()
-    items, lengths = zip(*(encode(example, style, encoding) for example in examples), strict=True)
-    lengths, labels = np.array(lengths), np.array([example.label for example in examples])
-    parts = engine.take_apart(model)
-    if (parts.vocab_size or VOCAB_SIZE) < VOCAB_SIZE:
-        raise HellaSwagError(
-            f"a vocabulary of {parts.vocab_size} tokens is not GPT-2's of {VOCAB_SIZE}"
-        )
-    rows = engine.make_rows(items, parts.block_size, share=parts.packs)
-    batches = engine.make_batches(rows, batch_tokens or engine.BATCH_TOKENS.get(device.type, 4096))
-    mine = batches[rank::world_size]  # whole ones, so that rounding does not depend on world_size
-
-    losses = np.zeros((len(items), 4))
-    stopped = False
-    with (
-        evaluating(model),
-        engine.computing(device, dtype),
-        _bar(mine, progress and rank == 0) as show,
-    ):
-        for scores in engine.score(parts, mine, device):
-            losses[scores.items, scores.choices] = scores.sums
-            show(scores, losses, lengths, labels)
-            if stopped := interrupted():
-                break
-    if world_size > 1:
-        losses, stopped = _add_up(losses, stopped, device, group)
-    if stopped:
-        return None
-    if bad := (~np.isfinite(losses)).any(axis=1).sum():
-        raise HellaSwagError(
-            f"losses of the model are not finite on {bad} of {len(items)} examples"
-        )
-    truncated = sum(
-        len(row.choices) for row in rows if len(row.context) < len(items[row.item].context)
-    )
-    numbers = _accuracies(losses, lengths, labels)
-    return Result(
-        style, len(items), truncated=truncated, seconds=time.perf_counter() - t0, **numbers
-    )
-
-
-def _accuracies(
-    losses: "np.ndarray", lengths: "np.ndarray", labels: "np.ndarray"
-) -> dict[str, Any]:
-    """The fields of a Result that follow from losses (n, 4), lengths (n, 4) and labels (n,)."""
-    import numpy as np
-
-    with np.errstate(
-        divide="ignore"
-    ):  # an empty ending has no characters: infinite loss per character
-        found: dict[str, Any] = {
-            "losses": losses,
-            "losses_norm": losses / lengths,
-            "labels": labels,
-        }
-    for norm in ("", "_norm"):
-        picks = found[f"losses{norm}"].argmin(axis=1)
-        share, n = float((picks == labels).mean()), len(labels)
-        stderr = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else math.nan
-        found |= {f"picks{norm}": picks, f"acc{norm}": share, f"acc{norm}_stderr": stderr}
-    return found
-
-
-@contextlib.contextmanager
-def _bar(batches: Sequence, shown: bool) -> Iterator[Callable]:
-    """A progress bar, on a terminal only, with the accuracy over what this rank has scored so
-    far."""
-    from tqdm import tqdm
-
-    total = sum(len(choices) for batch in batches for row in batch for choices in row.choices)
-    seen: set[int] = set()
-    with tqdm(
-        total=total, unit=" endings", desc="HellaSwag", disable=None if shown else True
-    ) as bar:
-
-        def show(scores, losses, lengths, labels) -> None:
-            bar.update(len(scores.items))
-            if not bar.disable:
-                seen.update(scores.items.tolist())
-                some = list(seen)
-                picks = (losses[some] / lengths[some]).argmin(axis=1)
-                bar.set_postfix(acc_norm=f"{(picks == labels[some]).mean():.4f}", refresh=False)
-
-        yield show
-
-
-def _add_up(
-    losses: "np.ndarray", stopped: bool, device: "torch.device", group: Any
-) -> tuple["np.ndarray", bool]:
-    """Losses of all ranks (each has zeros where another has its own), and whether any has
-    stopped."""
-    import numpy as np
-    import torch
-    import torch.distributed as dist
-
-    sums = torch.from_numpy(np.append(losses.ravel(), float(stopped)))
-    sums = sums.to(device if dist.get_backend(group) == "nccl" else "cpu")
-    dist.all_reduce(sums, group=group)
-    sums = sums.cpu().numpy()
-    return sums[:-1].reshape(losses.shape), bool(sums[-1])
+    if name in ("evaluate", "Result"):
+        return {"evaluate": scoring.score_examples, "Result": scoring.Result}[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # ---- command line
 
 
 def build_parser() -> argparse.ArgumentParser:
-    published = "\n".join(
+    scores = "\n".join(
         f"  {style:12}"
         + ", ".join(f"{name} {acc:.4f} / {norm:.4f}" for name, (acc, norm) in models.items())
-        for style, models in PUBLISHED.items()
+        for style, models in KNOWN["hellaswag"].published.items()
     )
     parser = argparse.ArgumentParser(
         prog="hellaswag.py",
         usage="hellaswag.py [--checkpoint PATH | --model NAME] [options]",
         description="Score a model on HellaSwag: four endings of a text, one of them right. Chance is 0.25.",
-        epilog=f"published acc / acc_norm on the 10,042 examples of val, to compare with:\n{published}\n",
+        epilog=f"published acc / acc_norm on the 10,042 examples of val, to compare with:\n{scores}\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     # fmt: off
@@ -362,13 +188,14 @@ def _run(
 ) -> int:
     from pretrain.distributed import Ranks, pick_dtype
     from pretrain.eval.choices import BATCH_TOKENS
+    from pretrain.eval.scoring import score_examples
     from pretrain.report.runlog import provenance
 
     ranks = Ranks.start(args.device)
     dtype = pick_dtype(args.dtype, ranks.device)
     batch_tokens = args.batch_tokens or BATCH_TOKENS[ranks.device.type]
     model.to(ranks.device)
-    result = evaluate(
+    result = score_examples(
         model,
         examples,
         style=args.style,
@@ -407,9 +234,9 @@ def _describe(data: Path) -> dict[str, Any]:
     return {"file": str(data), "sha256": sha256, "published_split": split}
 
 
-def _report(result: Result, model: dict, data: dict, settings: dict) -> str:
-    known = PUBLISHED[result.style].items()
-    published = ", ".join(f"{name} {acc:.4f} / {norm:.4f}" for name, (acc, norm) in known)
+def _report(result: "Result", model: dict, data: dict, settings: dict) -> str:
+    known = published("hellaswag", result.style).items()
+    others = ", ".join(f"{name} {acc:.4f} / {norm:.4f}" for name, (acc, norm) in known)
     unit = "token" if result.style == "completion" else "character"
     lines = [
         f"HellaSwag, {result.n:,} examples of {data['published_split'] or data['file']},"
@@ -418,7 +245,7 @@ def _report(result: Result, model: dict, data: dict, settings: dict) -> str:
         f" {settings['device']}",
         f"acc       {result.acc:.4f} +- {result.acc_stderr:.4f}   lowest loss",
         f"acc_norm  {result.acc_norm:.4f} +- {result.acc_norm_stderr:.4f}   lowest loss per {unit}",
-        f"published, acc / acc_norm of all val: {published}",
+        f"published, acc / acc_norm of all val: {others}",
         f"{result.seconds:.1f} s, {result.n / result.seconds:.1f} examples/s",
     ]
     if result.truncated:
@@ -428,7 +255,7 @@ def _report(result: Result, model: dict, data: dict, settings: dict) -> str:
     return "\n".join(lines)
 
 
-def _shown(example: Example, result: Result, i: int) -> str:
+def _shown(example: Example, result: "Result", i: int) -> str:
     """An example with the losses of its endings: * marks the right one, > the pick by acc_norm."""
     lines = [f"\n[{example.ind}] {example.activity_label}: {example.ctx}"]
     for k, ending in enumerate(example.endings):
@@ -439,7 +266,7 @@ def _shown(example: Example, result: Result, i: int) -> str:
     return "\n".join(lines)
 
 
-def _lines(examples: Sequence[Example], result: Result) -> str:
+def _lines(examples: Sequence[Example], result: "Result") -> str:
     records = (
         {
             "ind": example.ind,
