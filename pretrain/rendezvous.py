@@ -265,7 +265,7 @@ class Watch:
 
         asking = threading.Thread(target=work, daemon=True)
         asking.start()
-        asking.join(30)  # the store that it asks may hang too
+        asking.join(_patience() + 60)  # the store that it asks may hang too
 
 
 def _first_process_is_python() -> bool:
@@ -281,17 +281,21 @@ def name_those_who_hang(store: dist.Store, rank: int, world_size: int, position:
     """What to say when nothing has gone on for hang_seconds(): the ranks that are behind the others
     or do not answer, and where each is in its code; "" on all ranks but the first that can speak.
 
-    position: how often this rank has been where all ranks come by. All that still run call this at
-    about the same time.
+    position: how often this rank has been where all ranks come by. All that still run call this
+    within a step or so of each other, and the one that hangs calls it first.
     """
     store.set(f"stuck/{rank}", f"{position} {_place_in_code()}")
-    time.sleep(10 * WATCH_SECONDS)
-    answers = {
-        other: store.get(f"stuck/{other}").decode().split(" ", 1)
-        for other in range(world_size)
-        if store.check([f"stuck/{other}"])
-    }
+    answers: dict[int, list[str]] = {}
+    deadline = time.monotonic() + _patience()
+    while len(answers) < world_size and time.monotonic() < deadline:
+        time.sleep(WATCH_SECONDS)
+        for other in range(world_size):
+            if other not in answers and store.check([f"stuck/{other}"]):
+                answers[other] = store.get(f"stuck/{other}").decode().split(" ", 1)
     if rank != min(answers):
+        time.sleep(
+            10 * WATCH_SECONDS
+        )  # a rank that ends is an error to those that have yet to speak
         return ""
     furthest = max(int(position) for position, _ in answers.values())
     behind = [
@@ -305,6 +309,11 @@ def name_those_who_hang(store: dist.Store, rank: int, world_size: int, position:
         for other in (behind or sorted(answers))[:8]
     ]
     return f"nothing went on for {hang_seconds()} s: {who}{', '.join(where)}"
+
+
+def _patience() -> float:
+    """Seconds between the first rank that finds that nothing goes on, and the last: a long step."""
+    return max(10 * WATCH_SECONDS, hang_seconds() / 10)
 
 
 def _place_in_code() -> str:
