@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 
 class UserError(Exception):
@@ -71,6 +72,57 @@ def prepare_streams() -> None:
             stream.reconfigure(errors=errors)
 
 
+class _Lasting:
+    """A stream whose reader may go away: what is written then is lost, and nobody fails."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return self._stream.isatty()
+        return False
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """For work that must not end because nobody looks on any more: `| head`, a terminal that is
+    closed, `>&-`. Its log and its files tell what is no longer shown."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        try:
+            if sys.stdout:
+                sys.stdout.flush()
+        except (OSError, ValueError):
+            release_stdout()
+
+
+def open_standard_files() -> None:
+    """Have the file descriptors 0, 1 and 2 lead somewhere: started with one of them closed (`>&-`),
+    a program's next file would get its number, and whatever is printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
 def release_stdout() -> None:
     """Point stdout at nothing, for the flush at exit, after its reader has gone away."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -86,10 +138,12 @@ def program(name: str, is_speaker: Callable[[], bool] = lambda: True) -> Iterato
     traceback. is_speaker: whether this rank says an error that all ranks have.
     """
     outcome = Outcome()
+    open_standard_files()
     prepare_streams()
     try:
         yield outcome
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except UserError as error:
         outcome.status = 1
         if is_speaker() or not error.on_all_ranks:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.errors import UserError
+
 SAFETENSORS, SHARDS, PICKLE = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -39,28 +41,34 @@ SIZES = {"n_positions": "block_size"} | {
 }
 
 
-def read(path: str | Path) -> Any:
-    """torch.load on the CPU that executes nothing from the file; tensors are mapped from it. The
-    checksums that torch.save stored are compared (1 to 2 GB/s): torch.load alone does not notice a
-    flipped bit."""
+class Damaged(UserError, ValueError):
+    """What a file holds is no good; the message lacks its name."""
+
+
+def read(path: str | Path, *, verify: bool = True) -> Any:
+    """torch.load on the CPU that executes nothing from the file; tensors are mapped from it.
+
+    verify: compare the checksums that torch.save stored (1 to 2 GB/s): torch.load alone does not
+    notice a flipped bit. Raises Damaged for what the file holds, OSError for what the system says.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError("no such file")
     try:
-        if is_zip := zipfile.is_zipfile(path):  # torch.save's format since 1.6
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"damaged: {damaged} fails its checksum")
+        with open(path, "rb") as file:
+            file.read(1)  # zipfile and torch would take what the system says for damage
+            if is_zip := zipfile.is_zipfile(file):  # torch.save's format since 1.6
+                with zipfile.ZipFile(file) as archive:
+                    if verify and (damaged := archive.testzip()):
+                        raise Damaged(f"damaged: {damaged} fails its checksum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise Damaged(
             "damaged, or it holds more than tensors and plain values, which is refused because loading it"
             f" could run code ({_first_line(error)})"
         ) from None
-    except ValueError:
+    except (Damaged, OSError):
         raise
     except Exception as error:  # zipfile and torch raise all kinds on damaged files
-        raise ValueError(f"damaged or cut short ({_first_line(error)})") from None
+        raise Damaged(f"damaged or cut short ({_first_line(error)})") from None
 
 
 def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """HellaSwag's examples: from the published files or one of your own, to the tokens that are scored.
 
-    path = ensure_data()                 # data/hellaswag/hellaswag_val.jsonl, downloaded if it is
-    not there examples = load_examples(path)       # 10,042 of them
+    path = ensure_data()                 # data/hellaswag/hellaswag_val.jsonl, downloaded if missing
+    examples = load_examples(path)       # 10,042 of them
     context, endings = prompt(examples[0], "lm-eval")
 
 Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?" (2019). The data's licence
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.errors import UserError
+
 if TYPE_CHECKING:
     from pretrain.eval.choices import Item
 
@@ -32,7 +34,7 @@ DEFAULT_FOLDER = "data/hellaswag"
 SAMPLE_SEED = 1337  # of the choice that a limit makes
 
 
-class HellaSwagError(RuntimeError):
+class HellaSwagError(UserError):
     """HellaSwag cannot be scored: one line that says what is wrong and where. No reason to stop
     training."""
 
@@ -55,6 +57,12 @@ class Example:
     label: int  # of the right ending, 0 to 3
 
 
+def data_path(split: str = "val", folder: str | Path | None = None) -> Path:
+    """Where the file of a split is, or will be once it is downloaded."""
+    folder = folder or os.environ.get("HELLASWAG_DIR") or DEFAULT_FOLDER
+    return Path(folder) / f"hellaswag_{split}.jsonl"
+
+
 def ensure_data(
     split: str = "val", folder: str | Path | None = None, *, progress: bool = False
 ) -> Path:
@@ -65,10 +73,7 @@ def ensure_data(
     """
     from pretrain.text.download import DownloadError, fetch
 
-    path = (
-        Path(folder or os.environ.get("HELLASWAG_DIR") or DEFAULT_FOLDER)
-        / f"hellaswag_{split}.jsonl"
-    )
+    path = data_path(split, folder)
     size, sha256 = PUBLISHED_FILES.get(split, (None, None))
     url = URL.format(split=split)
     try:
@@ -95,8 +100,14 @@ def load_examples(path: str | Path, limit: int | None = None) -> list[Example]:
     one, which contains that of any smaller limit. The first ones would not do: the published files
     are ordered by source. Raises HellaSwagError naming the line.
     """
+    return load_with_hash(path, limit)[0]
+
+
+def load_with_hash(path: str | Path, limit: int | None = None) -> tuple[list[Example], str]:
+    """load_examples, and the SHA-256 of the decompressed content, from one reading."""
+    data = _read(path)
     examples = []
-    for number, line in enumerate(_read(path).split(b"\n"), start=1):
+    for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
             try:
                 examples.append(_parse(line, number))
@@ -108,7 +119,7 @@ def load_examples(path: str | Path, limit: int | None = None) -> list[Example]:
         order = list(range(len(examples)))
         random.Random(SAMPLE_SEED).shuffle(order)
         examples = [examples[i] for i in sorted(order[:limit])]
-    return examples
+    return examples, hashlib.sha256(data).hexdigest()
 
 
 def data_sha256(path: str | Path) -> str:

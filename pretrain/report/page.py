@@ -20,7 +20,8 @@ import numpy as np
 
 from pretrain.report.drawing import COLORS, Plot, compact_number, darkened, to_svg
 from pretrain.report.findings import MIN_POINTS, Finding
-from pretrain.report.runs import Record, Run, column, hellaswag_results, number, smooth
+from pretrain.report.known import title
+from pretrain.report.runs import Record, Run, column, number, smooth, task_results
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script runs, nothing is loaded
 SAMPLED_STEPS = 12  # that the page shows samples of, first and last among them
@@ -90,13 +91,13 @@ def key_figures(run: Run) -> list[Figure]:
     figures.append(
         Figure("Training loss", f"{loss[-1]:.4f}" if len(loss) else "–", "the last, smoothed")
     )
-    for scoring, results in hellaswag_results(run).items():
+    for (task, scoring), results in task_results(run).items():
         at, result = results[-1]
         note = f"acc_norm at step {at:,}"
         if math.isfinite(count := number(result.get("n"))):
             note += f", {count:,.0f} examples"
         figures.append(
-            Figure(f"HellaSwag, {scoring}", f"{100 * number(result['acc_norm']):.2f} %", note)
+            Figure(f"{title(task)}, {scoring}", f"{100 * number(result['acc_norm']):.2f} %", note)
         )
     rate = column(run.train, "tokens_per_second")
     share = column(run.train, "mfu")
@@ -232,10 +233,8 @@ def _sampled_step(step: int, records: list[Record], *, opened: bool) -> str:
 
 
 def _prompts_and_texts(record: Record) -> Iterator[tuple[str, str]]:
-    prompt = str(record.get("prompt") or "")
-    texts = record.get("text", record.get("texts", ""))
-    for text in texts if isinstance(texts, list) else [texts]:
-        yield prompt, str(text).removeprefix(prompt)
+    for text in record["texts"]:
+        yield record["prompt"], text.removeprefix(record["prompt"])
 
 
 def _configuration(runs: list[Run]) -> str:
