@@ -46,11 +46,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hellaswag import Example, HellaSwagError, ensure_data, load_examples
 from hellaswag import evaluate as score_endings
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, load_checkpoint
 from pretrain import distributed
 from pretrain.distributed import Ranks, seed_dropout
 from pretrain.eval import validation
 from pretrain.eval.sampling import TrainingSamples
+from pretrain.models import ARCHITECTURES, architecture_of, build
 from pretrain.report.runlog import scores_block
 from pretrain.tokens.owntext import prepare
 from pretrain.tokens.shards import data_fingerprint, find_shards
@@ -59,10 +60,11 @@ from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.keytokens import key_token_weights, load_key_tokens
 from pretrain.train.loader import ShardLoader, TokenWindows, verify_data
-from pretrain.train.optim import learning_rate, make_optimizer
+from pretrain.train.optim import SCHEDULES, make_optimizer
 from pretrain.train.run import Measured, Run, describe
 from pretrain.train.state import TrainState, read_on_first
 from pretrain.train.stopping import FiniteGuard
+from pretrain.weights import Damaged
 
 __all__ = ["checkpoints", "load_checkpoint", "main"]
 Windows = dict[str, tuple[TokenWindows, np.ndarray]]
@@ -102,19 +104,14 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
             return 0
         optimizer = make_optimizer(
             model,
+            name=settings.optimizer,
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
             betas=(settings.beta1, settings.beta2),
         )
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         guard = FiniteGuard(ranks, scaler)
-        rate = partial(
-            learning_rate,
-            max_lr=settings.learning_rate,
-            min_lr=settings.min_lr,
-            warmup_iters=settings.warmup_iters,
-            lr_decay_iters=settings.lr_decay_iters,
-        )
+        rate = schedule(settings)
         key_tokens = (
             load_key_tokens(settings.key_tokens).to(device) if settings.key_tokens else None
         )
@@ -200,34 +197,49 @@ def read_weights(settings: TrainSettings) -> dict[str, Any]:
     name = settings.init_from
     loaded = load_checkpoint(name)[0] if os.path.isfile(name) else GPT.from_pretrained(name)
     config = loaded.config
+    architecture = architecture_of(loaded)
+    has = asdict(config) | {"model": architecture}
     wrong = [
         f"--{size} {getattr(settings, size)}"
         for size in sorted(settings.asked_sizes - {"block_size"})
-        if getattr(settings, size) != getattr(config, size)
+        if getattr(settings, size) != has[size]
     ]
     if "block_size" in settings.asked_sizes and settings.block_size > config.block_size:
         wrong.append(f"--block_size {settings.block_size}")
     if wrong:
         raise CheckpointError(f"{name} has {config}: leave out {', '.join(wrong)}")
-    return {"model_config": asdict(config), "model": loaded.state_dict()}
+    return {
+        "architecture": architecture,
+        "model_config": asdict(config),
+        "model": loaded.state_dict(),
+    }
 
 
-def build_model(settings: TrainSettings, weights: dict[str, Any] | None, where: str) -> GPT:
+def build_model(settings: TrainSettings, weights: dict[str, Any] | None, where: str) -> Any:
     """A new model, or one with these weights and sizes, which came from `where`."""
     if weights is None:
+        model_class, config_class = ARCHITECTURES[settings.model].load()
         names = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
-        return GPT(GPTConfig(**{name: getattr(settings, name) for name in names}))
+        return model_class(config_class(**{name: getattr(settings, name) for name in names}))
+    architecture = weights.get("architecture", "gpt2")
+    config = {**weights["model_config"], "dropout": settings.dropout}
     try:
-        config = replace(GPTConfig(**weights["model_config"]), dropout=settings.dropout)
-        last_block = f"transformer.h.{config.n_layer - 1}.ln_1.weight"
-        if last_block not in weights["model"]:
-            raise ValueError(f"{config.n_layer} layers in its configuration, not in its weights")
-        model = GPT(config)
-        model.load_state_dict(weights["model"])
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{where}: its weights do not fit its sizes: {reason}") from None
-    return model
+        return build(architecture, config, weights["model"]).train()
+    except Damaged as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def schedule(settings: TrainSettings) -> Callable[[int], float]:
+    """The learning rate of the update after step updates."""
+    rate = partial(
+        SCHEDULES[settings.schedule],
+        max_lr=settings.learning_rate,
+        min_lr=settings.min_lr,
+        warmup_iters=settings.warmup_iters,
+        lr_decay_iters=settings.lr_decay_iters,
+    )
+    is_trapezoid = settings.schedule == "trapezoid"
+    return partial(rate, decay_share=settings.decay_share) if is_trapezoid else rate
 
 
 def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[TrainSettings, ShardLoader]:
@@ -263,7 +275,10 @@ def identity_of(settings: TrainSettings, model: GPT, loader: ShardLoader) -> dic
     sizes = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
     asked = {name: getattr(settings, name) for name in sizes if name in settings.asked_sizes}
     windows = loader.windows
+    is_asked = "model" in settings.asked_sizes
     return {
+        "model": settings.model if is_asked else architecture_of(model),
+        "optimizer": settings.optimizer,
         **sizes,
         **asked,
         "block_size": windows.block_size,

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import GPTConfig, KVCache
+from model import CheckpointError, GPTConfig, KVCache
 from pretrain.ops import Linear, linear, linear_cross_entropy, score_head, soft_capped
 
 HEAD_DIM = 128
@@ -304,6 +304,13 @@ class Modern(nn.Module):
                 )
             ),
         ]
+
+    def huggingface_state_dict(self) -> dict[str, Tensor]:
+        """Raises CheckpointError: transformers has no such model."""
+        raise CheckpointError(
+            "a modern model has no Hugging Face counterpart, so that it cannot be exported;"
+            " sample.py, hellaswag.py and train_gpt2.py --init_from take its checkpoint as it is"
+        )
 
     def stream(
         self, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, **sampling

@@ -5,6 +5,9 @@ import argparse
 from pretrain.flags import AMOUNT, COUNT, REAL, SEED, SHARE
 from pretrain.tokens.shards import DEFAULT_DATA_DIR
 
+MODELS = ("gpt2", "modern")  # pretrain.models.ARCHITECTURES, named without loading torch
+OPTIMIZERS, SCHEDULES = ("adamw", "muon"), ("cosine", "trapezoid")  # those of pretrain.train.optim
+
 # A flag on the command line puts these of a --config file out of force.
 RIVALS = {
     "data": {"data_dir"},
@@ -29,8 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="a YAML file of flags, such as those in configs/: "
         "lines like batch_size: 16; flags of the command line win")
     add = parser.add_argument_group("model").add_argument
+    add("--model", choices=MODELS, default="gpt2",
+        help="architecture: gpt2 as published, or modern, which reaches its loss with a fraction of the "
+             "tokens under --optimizer muon: see pretrain/models/modern.py (%(default)s)")
     add("--n_layer", type=COUNT, default=12, help="blocks (%(default)s; gpt2-medium 24, large 36, xl 48)")
-    add("--n_head", type=COUNT, default=12, help="attention heads (%(default)s; 16, 20, 25)")
+    add("--n_head", type=COUNT, default=12,
+        help="attention heads (%(default)s; 16, 20, 25; with --model modern one for 128 of --n_embd)")
     add("--n_embd", type=COUNT, default=768, help="width (%(default)s; 1024, 1280, 1600)")
     add("--block_size", type=COUNT, default=1024, help="tokens of context (%(default)s)")
     add("--dropout", type=SHARE, default=0.0,
@@ -62,6 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens per update over all processes, for instance 524288; the micro-steps follow from it "
              "(%(default)s: the batch follows from the two flags above)")
     add = parser.add_argument_group("optimizer").add_argument
+    add("--optimizer", choices=OPTIMIZERS, default="adamw",
+        help="muon: Muon for the matrices of the blocks, AdamW for the rest, whose rates follow "
+             "--learning_rate in proportion; flags that are not given are then --learning_rate 0.025 "
+             "--min_lr 0 --warmup_iters 0 --weight_decay 0.05 --beta1 0.8 --grad_clip 0 (%(default)s)")
+    add("--schedule", choices=SCHEDULES, default="cosine",
+        help="of the learning rate after the warmup: cosine, or trapezoid: constant, then a straight line "
+             "down to --min_lr at --max_iters, unless --lr_decay_iters says otherwise (%(default)s)")
+    add("--decay_share", type=SHARE, default=0.7, metavar="S",
+        help="share of the trapezoid that falls, counted from its end (%(default)s)")
     add("--max_iters", type=COUNT, default=600000, metavar="N",
         help="updates in all; raise it to go on with a finished run (%(default)s)")
     add("--epochs", type=REAL, default=0, metavar="N",
@@ -74,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup_iters", type=AMOUNT, default=2000, metavar="N",
         help="updates of linear warmup (%(default)s)")
     add("--lr_decay_iters", type=AMOUNT, default=600000, metavar="N",
-        help="update at which the cosine ends, usually --max_iters (%(default)s)")
+        help="update at which the decay ends, usually --max_iters (%(default)s)")
     add("--weight_decay", type=REAL, default=0.1, help="AdamW's, on matrices only (%(default)s)")
     add("--beta1", type=SHARE, default=0.9, help="AdamW's (%(default)s)")
     add("--beta2", type=SHARE, default=0.95, help="AdamW's (%(default)s)")

@@ -153,7 +153,9 @@ class Run:
         self.settings, self.state = settings, state
         source = source_of(state.model)
         if self.saved and self.path:
-            checkpoints.refuse_other_run(self.path, self.saved["run"], identity)
+            # Before there was a choice, these were it.
+            before = {"model": "gpt2", "optimizer": "adamw"} | self.saved["run"]
+            checkpoints.refuse_other_run(self.path, before, identity)
             try:
                 state.load_state_dict(self.saved)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -165,7 +167,7 @@ class Run:
         self._about = {
             "format": checkpoints.FORMAT,
             "version": __version__,
-            "architecture": getattr(state.model, "architecture", "gpt2"),
+            "architecture": identity["model"],
             "config": settings.flags,
             "processes": self.ranks.world_size,
             "run": identity,

@@ -25,6 +25,16 @@ from pretrain.train.keytokens import KeyTokenError, read_key_tokens
 
 __all__ = ["AMOUNT", "COUNT", "RIVALS", "TrainSettings", "build_parser", "resolve"]
 MANY_EPOCHS = 10_000  # more passes over the data than anybody means
+# What holds with --optimizer muon where a flag is not given: the record's settings for 124M.
+MUON = {
+    "learning_rate": 0.025,
+    "min_lr": 0.0,
+    "warmup_iters": 0,
+    "weight_decay": 0.05,
+    "beta1": 0.8,
+    "grad_clip": 0.0,
+}
+HEAD_DIM = 128  # of --model modern
 VOCABULARY = 50257  # of GPT-2, for the size of a model that is not built yet
 
 
@@ -39,6 +49,7 @@ class TrainSettings:
 
     config: str | None
     # model
+    model: str
     n_layer: int
     n_head: int
     n_embd: int
@@ -57,6 +68,9 @@ class TrainSettings:
     gradient_accumulation_steps: int
     total_batch_tokens: int
     # optimizer
+    optimizer: str
+    schedule: str
+    decay_share: float
     max_iters: int
     epochs: float
     learning_rate: float
@@ -108,9 +122,9 @@ class TrainSettings:
 
     @property
     def asked_sizes(self) -> set[str]:
-        """Names of the sizes that a model must have: all of them for a new one, those that were
-        given for weights from elsewhere."""
-        sizes = {"n_layer", "n_head", "n_embd", "bias", "block_size"}
+        """What of the flags a model must agree with, its architecture and its sizes: all of them
+        for a new one, those that were given for weights from elsewhere."""
+        sizes = {"model", "n_layer", "n_head", "n_embd", "bias", "block_size"}
         anew = self.init_from == "scratch" and not self.eval_only
         return sizes if anew else sizes & self.given
 
@@ -128,8 +142,19 @@ def resolve(argv: Sequence[str], world_size: int) -> tuple[TrainSettings, list[s
     """(settings, all problems, one line each): only without problems do the settings mean
     anything."""
     args, given, problems = parse_with_config(build_parser(), argv, RIVALS)
-    settings = TrainSettings(**vars(args), given=frozenset(given), world_size=world_size)
+    values = vars(args) | _recipe(args, given)
+    settings = TrainSettings(**values, given=frozenset(given), world_size=world_size)
     return settings, problems or problems_of(settings)
+
+
+def _recipe(args: Any, given: set[str]) -> dict[str, Any]:
+    """Values of flags that were not given and that follow from --model, --optimizer, --schedule."""
+    found: dict[str, Any] = dict(MUON) if args.optimizer == "muon" else {}
+    if args.model == "modern":
+        found["n_head"] = max(1, args.n_embd // HEAD_DIM)
+    if args.schedule == "trapezoid":
+        found["lr_decay_iters"] = args.max_iters
+    return {name: value for name, value in found.items() if name not in given}
 
 
 def from_command_line(argv: Sequence[str] | None) -> TrainSettings | None:
@@ -214,6 +239,11 @@ def _check_numbers(settings: TrainSettings) -> list[str]:
     problems = []
     if settings.init_from == "scratch" and settings.n_embd % settings.n_head:
         problems.append(f"--n_embd {settings.n_embd}: not a multiple of --n_head {settings.n_head}")
+    elif settings.model == "modern" and settings.n_embd // settings.n_head % 4:
+        problems.append(
+            f"--n_embd {settings.n_embd}, --n_head {settings.n_head}: heads of"
+            f" {settings.n_embd // settings.n_head}; --model modern needs a multiple of 4"
+        )
     if settings.min_lr > settings.learning_rate:
         problems.append(
             f"--min_lr {settings.min_lr}: above --learning_rate {settings.learning_rate}"
