@@ -152,8 +152,10 @@ def _recipe(args: Any, given: set[str]) -> dict[str, Any]:
     found: dict[str, Any] = dict(MUON) if args.optimizer == "muon" else {}
     if args.model == "modern":
         found["n_head"] = max(1, args.n_embd // HEAD_DIM)
-    if args.schedule == "trapezoid":
+    if args.schedule == "trapezoid" and "lr_decay_iters" not in given:
         found["lr_decay_iters"] = args.max_iters
+        warmup = found.get("warmup_iters", args.warmup_iters)
+        found["warmup_iters"] = min(warmup, args.max_iters // 10)  # as with --epochs
     return {name: value for name, value in found.items() if name not in given}
 
 
