@@ -29,10 +29,8 @@ from pretrain.train.settings import SettingsError, TrainSettings, from_command_l
 if __name__ == "__main__" and from_command_line(None) is None:
     sys.exit(2)
 
-import logging
 import math
 import os
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -44,17 +42,15 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hellaswag import Example, HellaSwagError, ensure_data, load_examples
-from hellaswag import evaluate as score_endings
 from model import GPT, GPTConfig, load_checkpoint
 from pretrain import distributed
 from pretrain.distributed import Ranks, seed_dropout
 from pretrain.eval import validation
 from pretrain.eval.sampling import TrainingSamples
+from pretrain.eval.tasks import HellaSwag, Task
 from pretrain.report.runlog import scores_block
 from pretrain.tokens.owntext import prepare
 from pretrain.tokens.shards import data_fingerprint, find_shards
-from pretrain.tokens.tokenizer import TokenizerUnavailable
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.keytokens import key_token_weights, load_key_tokens
@@ -98,7 +94,7 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
         measure = evaluation(run, model, windows, dtype, autocast)
         if settings.eval_only:
             scores, tasks = measure()
-            run.say(f"{run.path or settings.init_from}\n{scores_block(scores, **tasks)}")
+            run.say(f"{run.path or settings.init_from}\n{scores_block(scores, tasks)}")
             return 0
         optimizer = make_optimizer(
             model,
@@ -235,13 +231,13 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[TrainSettings
     how many updates --epochs are."""
     settings, ranks = run.settings, run.ranks
     if settings.data:
-        is_builder = distributed.environment("LOCAL_RANK", 0) == 0
-        folder = prepare(settings.data, run.out_dir / "data", builder=is_builder)
+        builder = ranks.is_node_first  # the others of its machine wait for it
+        folder = prepare(settings.data, run.out_dir / "data", builder=builder)
         settings = replace(settings, data_dir=str(folder))
     # Each node may have a disk of its own: its processes share out what lies there.
-    local = distributed.environment("LOCAL_RANK", ranks.rank)
-    local_size = distributed.environment("LOCAL_WORLD_SIZE", ranks.world_size)
-    ranks.together(verify_data, settings.data_dir, settings.verify_data, local, local_size)
+    here = ranks.node_ranks
+    place, count = here.index(ranks.rank), len(here)
+    ranks.together(verify_data, settings.data_dir, settings.verify_data, place, count)
     loader = ShardLoader(
         find_shards(settings.data_dir, "train"),
         batch_size=settings.batch_size,
@@ -275,63 +271,6 @@ def identity_of(settings: TrainSettings, model: GPT, loader: ShardLoader) -> dic
     }
 
 
-class HellaSwag:
-    """HellaSwag at evaluations, from the moment its data is at hand: a download goes on beside the
-    training, and whatever goes wrong is one warning."""
-
-    name = "hellaswag"
-
-    def __init__(
-        self, ranks: Ranks, file: str | None, limit: int | None, wait_seconds: float | None
-    ):
-        """file: the data; None: the published file, downloaded if need be. wait_seconds: for it, at
-        most."""
-        self.ranks, self.limit = ranks, limit
-        self._path: str | None = None
-        self._problem: str | None = None
-        self._examples: list[Example] | None = None
-        if ranks.is_first:
-            thread = threading.Thread(target=self._find, args=(file,), daemon=True)
-            thread.start()
-            thread.join(wait_seconds)
-
-    def _find(self, file: str | None) -> None:
-        logging.getLogger("pretrain.text.remote").setLevel(
-            logging.ERROR
-        )  # its retries are not for this console
-        try:
-            self._path = str(file or ensure_data())
-        except Exception as error:
-            self._problem = str(error)
-
-    def score(
-        self, model: GPT, *, dtype: torch.dtype, ranks: Ranks, interrupted: Callable[[], bool]
-    ) -> dict | None:
-        """The summary of a Result, on every rank; None when there is none (yet)."""
-        path, self._problem = self.ranks.broadcast((self._path, self._problem))
-        if self._problem is None and path:
-            try:
-                self._examples = self._examples or self.ranks.together(
-                    load_examples, path, self.limit
-                )
-                result = score_endings(
-                    model,
-                    self._examples,
-                    dtype=dtype,
-                    interrupted=interrupted,
-                    rank=self.ranks.rank,
-                    world_size=self.ranks.world_size,
-                    group=self.ranks.control,
-                )
-                return result and result.summary()
-            except (HellaSwagError, TokenizerUnavailable) as error:
-                self._problem = str(error)
-        if self._problem and self.ranks.is_first:
-            print(f"warning: HellaSwag is left out: {self._problem}", file=sys.stderr)
-        self._path, self._problem = None, None  # said once
-        return None
-
-
 def evaluated_windows(settings: TrainSettings, loader: ShardLoader, vocab_size: int) -> Windows:
     """By name the windows that evaluations look at, with their numbers: the same each time."""
     if not settings.is_evaluated:
@@ -351,12 +290,12 @@ def evaluation(
     """A function that measures the model as it is then. It uses `model`, which is neither compiled
     nor wrapped: the same weights, and any shape."""
     settings, ranks = run.settings, run.ranks
-    tasks = []
-    if settings.hellaswag:
+    tasks: list[Task] = []
+    if sets and settings.hellaswag:
         is_chosen = "hellaswag_limit" in settings.given or ranks.device.type == "cuda"
         limit = settings.hellaswag_limit if is_chosen else 200
         wait = None if settings.eval_only else 2.0
-        tasks.append(HellaSwag(ranks, settings.hellaswag_data, limit, wait_seconds=wait))
+        tasks.append(HellaSwag(settings.hellaswag_data, limit, wait_seconds=wait))
 
     def measure() -> Measured:
         is_set = run.stop.is_set

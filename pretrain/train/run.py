@@ -15,7 +15,6 @@ Every rank makes the same calls in the same order. Rank 0 alone reads and writes
 decides what depends on it; the others are told.
 """
 
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from pretrain import __version__, distributed, files
 from pretrain.distributed import Ranks
 from pretrain.errors import lasting_output
 from pretrain.report.console import Console
-from pretrain.report.runlog import RunLog, Stopwatch, eval_line, provenance, start_block
+from pretrain.report.runlog import RunLog, Stopwatch, eval_line, perplexity, provenance, start_block
 from pretrain.report.trackers import open_trackers
 from pretrain.tokens.owntext import unigram_entropy
 from pretrain.tokens.shards import data_fingerprint
@@ -267,9 +266,9 @@ class Run:
             train_loss=state.loss,
             val_loss=state.val_loss,
             best_val_loss=state.record.best_val_loss,
-            perplexity=_exp(state.val_loss),
-            accuracy=val["accuracy"],
-            **tasks,
+            perplexity=perplexity(state.val_loss),
+            **{name: val[name] for name in ("accuracy", "bits_per_byte") if name in val},
+            **({"tasks": tasks} if tasks else {}),
         )
         self.say(eval_line(record, settings.max_iters))
         if not self._save_evaluation():
@@ -430,11 +429,3 @@ def describe(
         "peak_flops": distributed.peak_flops(name, dtype),
         **provenance(),
     }
-
-
-def _exp(loss: float) -> float:
-    """Perplexity, which is infinite where a float cannot hold it."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
