@@ -8,13 +8,15 @@ Gradients travel over NCCL (GPUs) or gloo (CPUs). Everything else, a few numbers
 through a gloo group of its own, so that asking for it never waits for a GPU.
 """
 
+import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -24,18 +26,13 @@ from torch import Tensor
 from pretrain.errors import UserError
 from pretrain.rendezvous import (
     Place,
-    RankError,
     Watch,
     environment,
     hang_seconds,
-    is_first_rank,
     meeting_point,
     name_those_who_hang,
     start_seconds,
 )
-
-__all__ = ["DeviceError", "RankError", "Ranks", "environment", "is_first_rank"]
-
 
 LONG = timedelta(days=7)  # for what one rank does while others wait: a Watch knows better
 
@@ -148,6 +145,17 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     on the number of ranks."""
     words = np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0]))
+
+
+def leave(status: int) -> NoReturn:
+    """sys.exit(status), also for a rank that ends without Ranks.stop(): after an error the threads
+    of gloo could abort the process while the interpreter ends, and the status be lost."""
+    if dist.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def synchronize(device: torch.device) -> None:

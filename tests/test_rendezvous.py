@@ -134,7 +134,7 @@ WORKER = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 open(os.path.join({folder!r}, f"pid-{{os.environ['RANK']}}"), "w").write(str(os.getpid()))
-from pretrain.distributed import Ranks
+from pretrain.distributed import Ranks, leave
 from pretrain.errors import program
 from pretrain.train.stopping import StopSignal
 
@@ -150,12 +150,13 @@ with program("worker") as outcome:
         for step in range(10**6):
             if number := stop.agreed():
                 note("saved")
-                sys.exit(128 + number)
+                outcome.status = 128 + number
+                break
             note("training")
             if {hangs} and ranks.rank == 1 and step == 20:
                 time.sleep(10**6)
             time.sleep(0.01)
-os._exit(outcome.status)
+leave(outcome.status)
 """
 
 

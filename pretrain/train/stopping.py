@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.distributed import Ranks
+from pretrain.distributed import Ranks, leave
 from pretrain.errors import UserError
 
 
@@ -85,7 +85,7 @@ class StopSignal:
         if self.at_once:
             with contextlib.suppress(OSError, ValueError):  # the terminal may have gone away
                 print(f"signal {number}: nothing to save yet", file=sys.stderr)
-            raise SystemExit(128 + number)
+            leave(128 + number)
 
     def is_set(self) -> bool:
         """Whether this rank has received a signal; other ranks may not have yet."""
