@@ -43,7 +43,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, load_checkpoint
-from pretrain import distributed
+from pretrain import distributed, models
 from pretrain.distributed import Ranks, seed_dropout
 from pretrain.eval import validation
 from pretrain.eval.sampling import TrainingSamples
@@ -59,6 +59,7 @@ from pretrain.train.optim import learning_rate, make_optimizer
 from pretrain.train.run import Measured, Run, describe
 from pretrain.train.state import TrainState, read_on_first
 from pretrain.train.stopping import FiniteGuard
+from pretrain.weights import Damaged
 
 __all__ = ["checkpoints", "load_checkpoint", "main"]
 Windows = dict[str, tuple[TokenWindows, np.ndarray]]
@@ -118,7 +119,7 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
         # Open the run: where it goes on, and what is about to happen.
         state = TrainState(model, optimizer, scaler)
         identity = identity_of(settings, model, loader)
-        run.restore(settings, state, identity)
+        run.restore(settings, state, identity, models.architecture_of(model))
         if run.was_finished():
             return 0
         forward, is_compiled = wrapped(run, model)
@@ -178,13 +179,15 @@ def initial_model(run: Run) -> tuple[GPT, int]:
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     if run.saved:
-        where, weights = str(run.path), run.saved
+        model = ranks.together(build_model, settings, run.saved, str(run.path))
     elif settings.init_from != "scratch":
-        where = settings.init_from
         weights = read_on_first(ranks, lambda: read_weights(settings))
+        model = ranks.together(build_model, settings, weights, settings.init_from)
     else:
-        where, weights = "", None
-    model = ranks.together(build_model, settings, weights, where).to(ranks.device)
+        sizes = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
+        config = GPTConfig(**{name: getattr(settings, name) for name in sizes})
+        model = ranks.together(GPT, config)
+    model = model.train().to(ranks.device)
     model.gradient_checkpointing = settings.gradient_checkpointing
     asked = "block_size" in settings.asked_sizes
     return model, settings.block_size if asked else model.config.block_size
@@ -194,36 +197,33 @@ def read_weights(settings: TrainSettings) -> dict[str, Any]:
     """The weights that --init_from names. Raises CheckpointError where flags ask for other
     sizes."""
     name = settings.init_from
-    loaded = load_checkpoint(name)[0] if os.path.isfile(name) else GPT.from_pretrained(name)
+    loaded = models.from_pretrained(name)
     config = loaded.config
     wrong = [
         f"--{size} {getattr(settings, size)}"
         for size in sorted(settings.asked_sizes - {"block_size"})
-        if getattr(settings, size) != getattr(config, size)
+        if getattr(settings, size) != getattr(config, size, None)
     ]
     if "block_size" in settings.asked_sizes and settings.block_size > config.block_size:
         wrong.append(f"--block_size {settings.block_size}")
     if wrong:
         raise CheckpointError(f"{name} has {config}: leave out {', '.join(wrong)}")
-    return {"model_config": asdict(config), "model": loaded.state_dict()}
+    return {
+        "architecture": models.architecture_of(loaded),
+        "model_config": asdict(config),
+        "model": loaded.state_dict(),
+    }
 
 
-def build_model(settings: TrainSettings, weights: dict[str, Any] | None, where: str) -> GPT:
-    """A new model, or one with these weights and sizes, which came from `where`."""
-    if weights is None:
-        names = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
-        return GPT(GPTConfig(**{name: getattr(settings, name) for name in names}))
+def build_model(settings: TrainSettings, weights: dict[str, Any], where: str) -> GPT:
+    """A model with the weights and sizes of a checkpoint, which came from `where`."""
+    config = dict(weights.get("model_config") or {})
+    if "dropout" in config:
+        config["dropout"] = settings.dropout
     try:
-        config = replace(GPTConfig(**weights["model_config"]), dropout=settings.dropout)
-        last_block = f"transformer.h.{config.n_layer - 1}.ln_1.weight"
-        if last_block not in weights["model"]:
-            raise ValueError(f"{config.n_layer} layers in its configuration, not in its weights")
-        model = GPT(config)
-        model.load_state_dict(weights["model"])
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{where}: its weights do not fit its sizes: {reason}") from None
-    return model
+        return models.build(weights.get("architecture", "gpt2"), config, weights.get("model") or {})
+    except Damaged as error:
+        raise CheckpointError(f"{where}: {error}") from None
 
 
 def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[TrainSettings, ShardLoader]:
@@ -256,7 +256,8 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[TrainSettings
 
 def identity_of(settings: TrainSettings, model: GPT, loader: ShardLoader) -> dict[str, Any]:
     """What no part of a run may change."""
-    sizes = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
+    names = ("n_layer", "n_head", "n_embd", "bias")
+    sizes = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
     asked = {name: getattr(settings, name) for name in sizes if name in settings.asked_sizes}
     windows = loader.windows
     return {

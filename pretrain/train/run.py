@@ -164,7 +164,7 @@ class Run:
         self._about = {
             "format": checkpoints.FORMAT,
             "version": __version__,
-            "architecture": getattr(state.model, "architecture", "gpt2"),
+            "architecture": architecture,
             "config": settings.flags,
             "processes": self.ranks.world_size,
             "run": identity,

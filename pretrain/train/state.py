@@ -28,7 +28,7 @@ NUMBERS = ("step", "last_eval_step", "loss", "val_loss", "learning_rate")
 class TrainState:
     """All that changes while a run goes on, the same on every rank."""
 
-    def __init__(self, model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler):
+    def __init__(self, model: Any, optimizer: Any, scaler: torch.amp.GradScaler):
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.step = 0  # updates made
         self.last_eval_step = -1
