@@ -18,7 +18,6 @@ The update is in train(), inline. When to evaluate, log and save is pretrain/tra
 checkpoint holds is pretrain/train/state.py.
 Exit status: 0 finished, 1 stopped by an error, 2 the flags are wrong, 128 + n stopped by signal n.
 """
-# ruff: noqa: E402
 
 import sys
 
@@ -123,7 +122,7 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
         if run.was_finished():
             return 0
         forward, is_compiled = wrapped(run, model)
-        setup = describe(settings, model, loader, identity, ranks, dtype) | {
+        setup = describe(settings, model, loader, identity=identity, ranks=ranks, dtype=dtype) | {
             "compiled": is_compiled,
             "last_learning_rate": rate(settings.max_iters - 1),
             "evaluated_windows": {name: len(numbers) for name, (_, numbers) in windows.items()},

@@ -145,10 +145,16 @@ class Run:
 
     # ---- from a checkpoint to the first update
 
-    def restore(self, settings: TrainSettings, state: TrainState, identity: dict[str, Any]) -> None:
+    def restore(
+        self,
+        settings: TrainSettings,
+        state: TrainState,
+        identity: dict[str, Any],
+        architecture: str = "gpt2",
+    ) -> None:
         """Bring `state` to where the run begins. settings: with what the data decided. identity:
-        what no part of a run may change. Raises CheckpointError for the checkpoint of another
-        run."""
+        what no part of a run may change. architecture: the name of the model's. Raises
+        CheckpointError for the checkpoint of another run."""
         self.settings, self.state = settings, state
         source = source_of(state.model)
         if self.saved and self.path:
@@ -402,6 +408,7 @@ def describe(
     settings: TrainSettings,
     model: Any,
     loader: ShardLoader,
+    *,
     identity: dict[str, Any],
     ranks: Ranks,
     dtype: torch.dtype,

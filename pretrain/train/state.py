@@ -56,11 +56,9 @@ class TrainState:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 _check_moments(parameter, self._moments_of(parameter))
-        try:
+        # Saved by a run in another --dtype it is empty: the scale is found anew in some updates.
+        with contextlib.suppress(KeyError, RuntimeError):
             self.scaler.load_state_dict(saved["scaler"])
-        except (KeyError, RuntimeError):
-            # Saved by a run in another --dtype: the scale is found anew within some updates.
-            pass
         for name in NUMBERS:
             setattr(self, name, saved.get(name, getattr(self, name)))
         self.record = Record.of(saved)
