@@ -33,7 +33,7 @@ from pretrain.tokens.shards import ShardError, find_shards
 from pretrain.tokens.tokenizer import TokenizerUnavailable
 from pretrain.train import settings
 from pretrain.train.loader import ShardLoader, TokenWindows
-from pretrain.train.schedule import learning_rate
+from pretrain.train.optim import learning_rate
 
 if TYPE_CHECKING:
     import datasets

@@ -31,8 +31,8 @@ from model import GPT
 from pretrain.distributed import pick_dtype
 from pretrain.report.runlog import RunLog
 from pretrain.tokens.tokenizer import VOCAB_SIZE
+from pretrain.train.optim import learning_rate as rate_at
 from pretrain.train.optim import parameter_groups
-from pretrain.train.schedule import learning_rate as rate_at
 
 common.require_for(__name__, "lightning", "transformers", "datasets")
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402  (after the check that it is there)

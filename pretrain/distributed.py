@@ -8,51 +8,60 @@ Gradients travel over NCCL (GPUs) or gloo (CPUs). Everything else, a few numbers
 through a gloo group of its own, so that asking for it never waits for a GPU.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
-import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import timedelta
+from functools import partial
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.errors import UserError
+from pretrain.rendezvous import (
+    Place,
+    Watch,
+    environment,
+    hang_seconds,
+    meeting_point,
+    name_those_who_hang,
+    start_seconds,
+)
+
+LONG = timedelta(days=7)  # for what one rank does while others wait: a Watch knows better
 
 
-def environment(name: str, default: int) -> int:
-    """An integer that torchrun sets: RANK, LOCAL_RANK, WORLD_SIZE, TORCHELASTIC_RESTART_COUNT."""
-    return int(os.environ.get(name, default))
+class DeviceError(UserError, ValueError):
+    """A device that does not exist here."""
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """A device by name: auto (cuda, else mps, else cpu), cuda (the local_rank-th), cuda:N, mps or
-    cpu. Raises ValueError when it does not exist here."""
+    cpu. Raises DeviceError when it does not exist here."""
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((kind for kind, is_here in found.items() if is_here), "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"{name!r} is not a device; use auto, cuda, cuda:N, mps or cpu") from None
+        raise DeviceError(f"{name!r} is not a device; use auto, cuda, cuda:N, mps or cpu") from None
     if device.type == "cuda":
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ValueError(
+            raise DeviceError(
                 f"cuda:{index} does not exist: {torch.cuda.device_count()} GPUs are visible here"
             )
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("mps is not available here")
+        raise DeviceError("mps is not available here")
     if device.type not in ("cpu", "mps"):
-        raise ValueError(f"{name!r} is not supported; use auto, cuda, cuda:N, mps or cpu")
+        raise DeviceError(f"{name!r} is not supported; use auto, cuda, cuda:N, mps or cpu")
     return device
 
 
@@ -105,7 +114,8 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
         # "A10" must not be found in "A100", nor "L4" in "L40".
         before, found, after = device_name.partition(name)
         if found and not after[:1].isalnum() and not before[-1:].isalnum():
-            return peaks[column] and peaks[column] * 1e12
+            peak = peaks[column]
+            return peak * 1e12 if peak else None
     return None
 
 
@@ -135,6 +145,17 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     on the number of ranks."""
     words = np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64)
     torch.manual_seed(int(words[0]))
+
+
+def leave(status: int) -> NoReturn:
+    """sys.exit(status), also for a rank that ends without Ranks.stop(): after an error the threads
+    of gloo could abort the process while the interpreter ends, and the status be lost."""
+    if dist.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def synchronize(device: torch.device) -> None:
@@ -167,45 +188,13 @@ def keep_freed_memory() -> None:
     anew in each step, a page fault per 4 KiB: 10 to 20 % of its time. Other C libraries are left as
     they are.
     """
-    trim_threshold, mmap_threshold = (
-        -1,
-        -3,
-    )  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of glibc's malloc.h
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc; the last on Windows
         return
     mallopt(mmap_threshold, 1 << 30)  # smaller blocks come from the heap
     mallopt(trim_threshold, -1)  # which does not shrink
-
-
-def meeting_point(rank: int, world_size: int) -> dist.Store:
-    """A key-value store that holds nothing but what these processes write to it.
-
-    The one that torchrun keeps for its workers outlives them, so that after a restart a process may
-    find the address of a dead one there (torch 2.13: "Gloo connectFullMesh failed"), and restart
-    counts differ between nodes. So the first rank gives out a new name, under which all then write:
-    each other rank shows an id of its own, and a name that answers this id comes from a first rank
-    that lives.
-    """
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size))
-    name = uuid.uuid4().hex
-    if rank > 0:
-        answer = f"answer/{name}"
-        while not store.check([answer]):
-            store.set(f"ask/{rank}", name)
-            time.sleep(0.01)
-        name = store.get(answer).decode()
-        store.set(f"{name}/{rank}", "")
-    waited_for = set(range(1, world_size)) if rank == 0 else set()
-    while waited_for:
-        for other in list(waited_for):
-            if store.check([f"{name}/{other}"]):
-                waited_for.remove(other)
-            elif store.check([f"ask/{other}"]):
-                store.set(f"answer/{store.get(f'ask/{other}').decode()}", name)
-        time.sleep(0.01)
-    return dist.PrefixStore(name, store)
 
 
 @dataclass
@@ -216,29 +205,75 @@ class Ranks:
     world_size: int
     device: torch.device
     control: Any = field(default=None, repr=False)  # gloo group for numbers on the CPU
+    nodes: list[str] = field(default_factory=lambda: [""])  # the machine of each rank
+    watch: Watch | None = field(default=None, repr=False)
+    store: Any = field(default=None, repr=False)
 
     @classmethod
     def start(cls, device: str = "auto") -> "Ranks":
         """Join the process groups that torchrun's environment describes; on a CPU,
-        keep_freed_memory(). Raises ValueError for a missing device."""
-        rank, world_size = environment("RANK", 0), environment("WORLD_SIZE", 1)
-        place = pick_device(device, environment("LOCAL_RANK", 0))
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
-        elif place.type == "cpu":
+        keep_freed_memory(). Raises DeviceError for a missing device, RankError when the ranks do
+        not come together."""
+        place = Place.from_environment()
+        rank, world_size = place.rank, place.world_size
+        chosen = pick_device(device, environment("LOCAL_RANK", 0))
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        elif chosen.type == "cpu":
             keep_freed_memory()
         if world_size == 1:
-            return cls(rank, world_size, place)
-        where = {"store": meeting_point(rank, world_size), "rank": rank, "world_size": world_size}
-        if place.type == "cuda":
-            dist.init_process_group("nccl", device_id=place, **where)
-        else:
-            dist.init_process_group("gloo", **where)
-        return cls(rank, world_size, place, dist.new_group(backend="gloo"))
+            return cls(rank, world_size, chosen)
+        watch = Watch(rank)
+        store = meeting_point(place)
+        watch.within(
+            start_seconds(),
+            lambda: f"rank {rank}: no connection to all ranks; is one of them gone?",
+        )
+        is_cuda = chosen.type == "cuda"
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            device_id=chosen if is_cuda else None,
+            # Past the Watch's limit, which says more than NCCL does.
+            timeout=timedelta(seconds=hang_seconds() + 120) if is_cuda else LONG,
+        )
+        ranks = cls(rank, world_size, chosen, dist.new_group(backend="gloo", timeout=LONG))
+        ranks.nodes, ranks.watch, ranks.store = ranks.gather(place.node), watch, store
+        watch.relax()
+        return ranks
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def node_ranks(self) -> list[int]:
+        """The ranks on this machine; their disk is the same."""
+        here = self.nodes[self.rank] if self.world_size > 1 else ""
+        return [
+            rank
+            for rank in range(self.world_size)
+            if self.world_size == 1 or self.nodes[rank] == here
+        ]
+
+    @property
+    def is_node_first(self) -> bool:
+        return self.rank == self.node_ranks[0]
+
+    def beat(self, position: int) -> None:
+        """Say that this rank goes on. position: how often it has been where all ranks come by. When
+        no beat follows within hang_seconds(), the process ends with a message that names the ranks
+        which lag behind."""
+        if self.watch:
+            explain = partial(name_those_who_hang, self.store, self.rank, self.world_size, position)
+            self.watch.within(hang_seconds(), explain)
+
+    def rest(self) -> None:
+        """No beat follows for now."""
+        if self.watch:
+            self.watch.relax()
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over all ranks, in float64."""
@@ -271,6 +306,31 @@ class Ranks:
             raise error
         return result
 
+    def on_each_node(self, function: Callable, *arguments: Any) -> Any:
+        """function(*arguments), called by the first rank of each machine: its result on the ranks
+        of that machine, or what the first to fail raises, on all."""
+        outcome = _outcome(function, arguments) if self.is_node_first else (None, None)
+        outcomes = self.gather(outcome)
+        for _, error in outcomes:
+            if error:
+                error.on_all_ranks = True
+                raise error
+        return outcomes[self.node_ranks[0]][0]
+
+    def broadcast_state(self, state: Any) -> Any:
+        """Rank 0's nested dicts and lists of tensors and plain values, on every rank, with the
+        tensors on the CPU. Tensors travel as they are, one after the other: nothing is pickled, and
+        nothing is in memory twice. Other ranks' state is not looked at."""
+        tensors: list[Tensor] = []
+        sent = self.broadcast(_take_tensors(state, tensors) if self.is_first else None)
+        if self.world_size == 1:
+            return state
+        received = None if self.is_first else _put_tensors(sent, tensors)
+        for tensor in tensors:
+            if tensor.numel():
+                dist.broadcast(tensor.view(-1).view(torch.uint8), src=0, group=self.control)
+        return state if self.is_first else received
+
     def together(self, function: Callable, *arguments: Any) -> Any:
         """function(*arguments), called by every rank: its own result, or what the first to fail
         raises, on all."""
@@ -284,10 +344,10 @@ class Ranks:
     def stop(self) -> None:
         """Leave the process groups. Only when all ranks do: it waits for work that is under way."""
         if self.world_size > 1:
+            self.rest()
             dist.destroy_process_group()
-            self.control = (
-                None  # its threads end here: at the interpreter's end they could abort the process
-            )
+            # Its threads end here: at the interpreter's end they could abort the process.
+            self.control = None
 
 
 def _outcome(function: Callable, arguments: tuple) -> tuple[Any, Exception | None]:
@@ -295,3 +355,37 @@ def _outcome(function: Callable, arguments: tuple) -> tuple[Any, Exception | Non
         return function(*arguments), None
     except Exception as error:
         return None, error
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Stands for a tensor in what is sent of a state."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _take_tensors(state: Any, tensors: list[Tensor]) -> Any:
+    """The state with a _Sent for each tensor; the tensors, on the CPU and contiguous, in this
+    order."""
+    if isinstance(state, Tensor):
+        tensors.append(state.detach().cpu().contiguous())
+        return _Sent(tuple(state.shape), state.dtype)
+    if isinstance(state, dict):
+        return {key: _take_tensors(value, tensors) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_take_tensors(value, tensors) for value in state)
+    return state
+
+
+def _put_tensors(sent: Any, tensors: list[Tensor]) -> Any:
+    """The state with an empty tensor for each _Sent; they are appended to `tensors`, in the order
+    of _take_tensors."""
+    if isinstance(sent, _Sent):
+        tensors.append(torch.empty(sent.shape, dtype=sent.dtype))
+        return tensors[-1]
+    if isinstance(sent, dict):
+        return {key: _put_tensors(value, tensors) for key, value in sent.items()}
+    if isinstance(sent, list | tuple):
+        return type(sent)(_put_tensors(value, tensors) for value in sent)
+    return sent

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from model import GPT, GPTConfig
 from pretrain.tokens.shards import find_shards
 from pretrain.train.loader import ShardLoader, TokenWindows
-from pretrain.train.schedule import learning_rate
+from pretrain.train.optim import learning_rate
 
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16}
 SETTINGS = SIZES | {

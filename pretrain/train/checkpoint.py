@@ -1,8 +1,7 @@
 """Checkpoints of a run: saved whole or not at all, loaded without trust, found by what they hold.
 
     save(out_dir / "resume.pt", {"format": 1, "step": 2000, "model": ..., ...})
-    found = newest(out_dir)             # (path, checkpoint) of the highest step that is undamaged,
-    or None
+    found = newest(out_dir)     # (path, checkpoint) of the highest step that is undamaged, or None
 
 Names in an out_dir: iter-{step}-loss-{validation loss}.pt at each evaluation, best_val_loss.pt (a
 hard link to the best of them), resume.pt (between evaluations, and at a signal), final_model.pt. No
@@ -10,24 +9,45 @@ name is trusted for what it says: the newest checkpoint is the one whose content
 step.
 """
 
-import json
+import contextlib
 import os
-import pickle
 import re
 import shutil
+import stat
 import sys
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
+from pretrain import files, weights
+from pretrain.errors import UserError, first_line
+from pretrain.train.schema import problem_in
+
 FORMAT = 1
 BEST, RESUME, FINAL = "best_val_loss.pt", "resume.pt", "final_model.pt"
+# What a save that was killed leaves behind. Anything else with a dot and .tmp is somebody's own.
+LEFTOVER = re.compile(r"\.(.+\.pt|config\.json)\.tmp")
+# Flags that decide what a run trains, and on what.
+SHAPING = (
+    *("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout", "init_from"),
+    *("data", "data_dir", "stride", "shuffle", "seed"),
+    *("batch_size", "gradient_accumulation_steps", "total_batch_tokens"),
+)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be saved, read or continued; the message is for the user."""
+
+
+class Damaged(CheckpointError):
+    """The system hands the file out, and what it holds is no good: others may take its place."""
+
+
+class Unreadable(CheckpointError):
+    """The system does not hand the file out. It may be as good as ever, so nothing takes its
+    place."""
 
 
 def iter_name(step: int, val_loss: float) -> str:
@@ -56,40 +76,37 @@ def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
     Raises CheckpointError when the disk is full or the like; whatever was under the name before is
     still there.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with files.atomic_write(path) as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _rename(temporary, path)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch's writer turns the file's OSError into a RuntimeError
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        # torch's writer turns the file's OSError into a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise CheckpointError(
-            f"{path}: not saved ({_first_line(cause)}); earlier checkpoints are untouched"
+            f"{path}: not saved ({first_line(cause)}); earlier checkpoints are untouched"
         ) from None
 
 
 def link(existing: str | Path, name: str | Path) -> None:
     """A second name for a saved checkpoint, which takes no room; a copy where the file system has
     no hard links. Raises CheckpointError like save."""
-    name = Path(name)
-    temporary = name.with_name(f".{name.name}.tmp")
+    existing, name = Path(existing), Path(name)
+    temporary = files.temporary_name(name)
     try:
         temporary.unlink(missing_ok=True)
         try:
             os.link(existing, temporary)
         except OSError:
-            shutil.copyfile(existing, temporary)
-        _rename(temporary, name)
-    except OSError as error:
+            with open(existing, "rb") as source, files.atomic_write(name) as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
+            return
+        files.publish(temporary, name)
+        # Renaming a file to another name of itself leaves both: POSIX has it so.
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{name}: not saved ({_first_line(error)})") from None
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{name}: not saved ({first_line(error)})") from None
 
 
 def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
@@ -98,39 +115,25 @@ def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
 
     Nothing in the file is executed. verify: read all of it and compare the checksum that torch.save
     stored with each tensor, at 1 to 2 GB/s; torch.load alone does not notice a flipped bit. Raises
-    CheckpointError for a file that is missing, damaged, hostile or not a checkpoint of this
-    program.
+    Damaged for what is cut short, hostile or not a checkpoint of this program, Unreadable for what
+    the system does not hand out, both CheckpointError.
     """
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path}: damaged or cut short (it does not end as torch.save ends a file)"
-        )
     try:
-        if verify:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise CheckpointError(f"{path}: damaged: {damaged} fails its checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: damaged, or it holds more than tensors and plain values, which is refused because"
-            f" loading it could run code ({_first_line(error)})"
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(f"{path}: not a file")
+        checkpoint = weights.read(path, verify=verify)
+    except weights.Damaged as error:
+        raise Damaged(f"{path}: {error}") from None
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise Unreadable(
+            f"{path}: cannot be read: {reason}. Nothing was changed; make it readable, or move it"
+            " away to go on without it"
         ) from None
-    # What zipfile and torch raise on damaged files, down to struct.error and NotImplementedError,
-    # has no common base.
-    except Exception as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: damaged or cut short ({_first_line(error)})") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("step"), int):
-        raise CheckpointError(f"{path}: not a checkpoint of train_gpt2.py (it has no step)")
-    if checkpoint.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: format {checkpoint.get('format')}; this version reads {FORMAT}"
-        )
+    if problem := problem_in(checkpoint, FORMAT):
+        raise Damaged(f"{path}: {problem}")
     return checkpoint
 
 
@@ -142,13 +145,15 @@ def newest(
     are passed over.
 
     A damaged one is passed over with a warning (to stderr by default). Raises CheckpointError when
-    all are damaged: starting over in silence would cost the run.
+    all are damaged, since starting over in silence would cost the run, and Unreadable for any that
+    the system does not hand out: it might be the newest.
     """
-    steps, failures = _steps(out_dir)
-    for path in sorted(steps, key=lambda path: (steps[path], path.name), reverse=True):
+    found, failures = contents(out_dir)
+    by_step = sorted(found, key=lambda path: (found[path]["step"], path.name), reverse=True)
+    for path in by_step:
         try:
             checkpoint = load(path)
-        except CheckpointError as error:
+        except Damaged as error:
             failures[path] = str(error)
             continue
         for failure in failures.values():
@@ -159,25 +164,28 @@ def newest(
     return None
 
 
-def find(out_dir: str | Path, resume: str) -> Path | None:
+def find(out_dir: str | Path, resume: str, flags: Mapping[str, Any] | None = None) -> Path | None:
     """The checkpoint from which a run in out_dir begins; None to begin anew. What its rerun must
     not meet again moves aside.
 
     resume: "auto", "never" or a path. Once torchrun has restarted what fell
     (TORCHELASTIC_RESTART_COUNT) all of them mean auto: begin where the run was, not where its
-    command did. Raises CheckpointError like load and newest.
+    command did. flags: those of this run; with others than these a checkpoint of step 0, which
+    holds no update, is no reason to refuse them. Raises CheckpointError like load and newest.
     """
     out_dir = Path(out_dir)
-    for leftover in out_dir.glob(".*.tmp"):  # of a save that was killed
-        leftover.unlink()
+    for leftover in out_dir.iterdir():
+        if LEFTOVER.fullmatch(leftover.name) and leftover.is_file():
+            leftover.unlink()
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         resume = "auto"
-    if resume == "never":
-        path, step = None, -1
-    elif resume == "auto":
+    path, step = None, -1
+    if resume == "auto":
         path, checkpoint = newest(out_dir) or (None, {"step": -1})
         step = checkpoint["step"]
-    else:
+        if step == 0 and flags and _is_other(checkpoint, flags):
+            path, step = None, -1
+    elif resume != "never":
         path, checkpoint = Path(resume), load(resume)
         if "optimizer" not in checkpoint:
             raise CheckpointError(
@@ -186,13 +194,19 @@ def find(out_dir: str | Path, resume: str) -> Path | None:
         step = checkpoint["step"]
     aside = later_than(out_dir, step)
     if resume == "never":
-        aside += [
-            file for name in ("config.json", "metrics.jsonl") if (file := out_dir / name).exists()
-        ]
+        names = ("config.json", "metrics.jsonl")
+        aside += [file for name in names if (file := out_dir / name).exists()]
     if aside:
         folder = set_aside(out_dir, aside)
         print(f"moved to {folder}: {', '.join(file.name for file in aside)}")
     return path
+
+
+def _is_other(checkpoint: dict[str, Any], flags: Mapping[str, Any]) -> bool:
+    """Whether another run than that of these flags saved a checkpoint."""
+    saved = checkpoint.get("config", {}) | {"processes": checkpoint.get("processes")}
+    names = [name for name in (*SHAPING, "processes") if saved.get(name) is not None]
+    return any(name in flags and saved[name] != flags[name] for name in names)
 
 
 def find_to_evaluate(out_dir: str | Path, resume: str) -> Path:
@@ -228,9 +242,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
 
 def later_than(out_dir: str | Path, step: int) -> list[Path]:
     """The checkpoints of a folder that a run which goes on from `step` must not meet again: those
-    of a higher step, and those that cannot be read."""
-    steps, failures = _steps(out_dir)
-    return sorted([path for path in steps if steps[path] > step] + list(failures))
+    of a higher step, and those that are damaged."""
+    found, failures = contents(out_dir)
+    return sorted([path for path in found if found[path]["step"] > step] + list(failures))
 
 
 def prune(out_dir: str | Path, keep: int) -> None:
@@ -241,34 +255,44 @@ def prune(out_dir: str | Path, keep: int) -> None:
         if match := re.match(r"iter-(\d+)-loss-", path.name):
             steps[path] = int(match[1])
     (Path(out_dir) / RESUME).unlink(missing_ok=True)
-    for path in sorted(steps, key=lambda path: (steps[path], path.stat().st_mtime), reverse=True)[
-        keep:
-    ]:
+    by_age = sorted(steps, key=lambda path: (steps[path], path.stat().st_mtime), reverse=True)
+    for path in by_age[keep:]:
         path.unlink()
 
 
-def _steps(out_dir: str | Path) -> tuple[dict[Path, int], dict[Path, str]]:
-    """The step that each *.pt of a run in a folder holds, and why others cannot be opened. Reads no
-    tensors."""
-    steps, failures = {}, {}
-    for path in sorted(Path(out_dir).glob("*.pt")):
+def contents(out_dir: str | Path) -> tuple[dict[Path, dict[str, Any]], dict[Path, str]]:
+    """What each *.pt of a run in a folder holds besides its tensors, and why others cannot be used.
+    Raises Unreadable where the system does not say."""
+    found, failures = {}, {}
+    try:
+        entries = sorted(path for path in Path(out_dir).iterdir() if path.suffix == ".pt")
+    except FileNotFoundError:
+        return {}, {}
+    except OSError as error:
+        raise Unreadable(f"{out_dir}: cannot be read: {error.strerror}") from None
+    for path in entries:
+        with contextlib.suppress(OSError):  # load says what it is
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                continue  # a folder, say, that somebody keeps here
         try:
             checkpoint = load(path, verify=False)
-            if "optimizer" in checkpoint:
-                steps[path] = checkpoint["step"]
-        except CheckpointError as error:
+        except Damaged as error:
             failures[path] = str(error)
-    return steps, failures
+            continue
+        if "optimizer" in checkpoint:
+            left_out = ("model", "optimizer", "scaler")
+            found[path] = {k: v for k, v in checkpoint.items() if k not in left_out}
+    return found, failures
 
 
-def set_aside(out_dir: str | Path, files: list[Path]) -> Path:
+def set_aside(out_dir: str | Path, paths: list[Path]) -> Path:
     """Move files into a new folder earlier-N of out_dir."""
     number = 1
     while (folder := Path(out_dir) / f"earlier-{number}").exists():
         number += 1
     folder.mkdir()
-    for file in files:
-        os.replace(file, folder / file.name)
+    for path in paths:
+        os.replace(path, folder / path.name)
     return folder
 
 
@@ -287,46 +311,17 @@ def refuse_other_run(path: str | Path, saved: dict[str, Any], wanted: dict[str, 
         )
 
 
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Replace a JSON file atomically."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    _rename(temporary, Path(path))
-
-
-def lock(out_dir: str | Path) -> TextIO:
-    """Hold out_dir for this process until it ends; two runs in one folder would prune each other's
-    checkpoints. Raises CheckpointError when another process holds it. Without effect where the file
-    system has no locks."""
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    file = open(Path(out_dir) / ".lock", "w")  # noqa: SIM115 (open as long as it is locked)
+def lock(out_dir: str | Path) -> contextlib.AbstractContextManager[None]:
+    """Hold out_dir, which is made where it is missing, for this process; two runs in one folder
+    would prune each other's checkpoints. Raises CheckpointError for a folder that cannot be made or
+    written, files.Locked when another process holds it."""
+    busy = f"{out_dir}: another run is writing here; wait for it or use another --out_dir"
+    stack = contextlib.ExitStack()
     try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        stack.enter_context(files.lock(Path(out_dir) / ".lock", busy))
+    except OSError as error:
         raise CheckpointError(
-            f"{out_dir}: another run is writing here; wait for it or use another --out_dir"
+            f"--out_dir {out_dir}: cannot be used: {error.strerror or error}; choose another"
         ) from None
-    except (ImportError, OSError):
-        pass
-    return file
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    os.replace(temporary, path)
-    if hasattr(os, "O_DIRECTORY"):  # the new name itself is on the disk only when its folder is
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+    return stack

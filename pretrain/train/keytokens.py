@@ -1,8 +1,8 @@
 """Sequences that hold more of some key tokens count more in the loss.
 
-    key_tokens = load_key_tokens("keys.txt")               # one token a line: `river`, ` river`,
-    ... weights = key_token_weights(x, key_tokens, alpha=1.0)  # (B,), constants in the backward
-    pass _, loss = model(x, y, weights=weights)
+    key_tokens = load_key_tokens("keys.txt")    # one token a line: `river`, ` river`, ...
+    weights = key_token_weights(x, key_tokens, alpha=1.0)       # (B,), constants in the backward
+    _, loss = model(x, y, weights=weights)
 
     weight_b = alpha * (1 + how many tokens of sequence b are key tokens)
     loss     = mean over the batch of weight_b * (mean cross entropy of sequence b)
@@ -13,31 +13,41 @@ loss is no longer in nats per token, and alpha also scales the gradient (before 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from pretrain.errors import UserError
 from pretrain.tokens.tokenizer import load_encoding
 
+if TYPE_CHECKING:  # flags are checked, and --help answered, without torch
+    from torch import Tensor
 
-class KeyTokenError(ValueError):
+
+class KeyTokenError(UserError):
     """A file of key tokens that cannot be used; the message is one line for the user."""
 
 
-def key_token_weights(inputs: Tensor, key_tokens: Tensor, alpha: float = 1.0) -> Tensor:
+def key_token_weights(inputs: "Tensor", key_tokens: "Tensor", alpha: float = 1.0) -> "Tensor":
     """inputs int64 (B, T), key_tokens int64 (K,) of distinct ids -> float32 (B,) on the device of
     `inputs`.
 
     An occurrence counts whenever it comes, so a sequence that holds a key token n times has n of
     them.
     """
+    import torch
+
     found = torch.isin(inputs, key_tokens.to(inputs.device))
     return alpha * (1.0 + found.sum(dim=1, dtype=torch.float32))
 
 
-def load_key_tokens(path: str | Path) -> Tensor:
-    """The ids of a UTF-8 file with the text of one GPT-2 token a line, int64 (K,), sorted, each
-    once.
+def load_key_tokens(path: str | Path) -> "Tensor":
+    """read_key_tokens as int64 (K,)."""
+    import torch
+
+    return torch.tensor(read_key_tokens(path))
+
+
+def read_key_tokens(path: str | Path) -> list[int]:
+    """The ids of a UTF-8 file with the text of one GPT-2 token a line, sorted, each once.
 
     White space counts: ` river` and `river` are two tokens. Empty lines are left out. Raises
     KeyTokenError when the file cannot be read or holds no token, and for lines that are not a
@@ -66,4 +76,4 @@ def load_key_tokens(path: str | Path) -> Tensor:
         )
     if not encoded:
         raise KeyTokenError(f"{path}: holds no token; write the text of one token on each line")
-    return torch.tensor(sorted({ids[0] for _, _, ids in encoded}))
+    return sorted({ids[0] for _, _, ids in encoded})

@@ -1,14 +1,62 @@
-"""AdamW as models of GPT-2's kind are trained with it: weight decay on matrices only, and one fused
-kernel.
+"""How weights are updated: the optimizers by name, and the learning rate as a function of step.
 
-optimizer = make_optimizer(model, learning_rate=6e-4, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = make_optimizer(
+        model, name="muon", learning_rate=0.025, weight_decay=0.05, betas=(0.8, 0.95)
+    )
+    rate = learning_rate(step, max_lr=6e-4, min_lr=6e-5, warmup_iters=2000, lr_decay_iters=600_000)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+    optimizer.step()
+
+A new optimizer is a function like adamw() and its line in OPTIMIZERS; a new schedule is one like
+trapezoid() and its line in SCHEDULES.
 """
 
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from pretrain.distributed import pick_dtype
+from pretrain.errors import UserError
+
+Betas = tuple[float, float]
+FUSED_ON = {"cuda", "cpu", "mps"}  # where torch has the kernel that updates all weights in one pass
+# What Muon leaves to AdamW learns at this share of Muon's rate, unless the model says otherwise.
+# Muon's updates have a fixed size, about that of its rate, which is why its rates are high.
+ADAMW_SHARE = 0.1
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+class OptimizerMismatch(UserError):
+    """The state of an optimizer that was saved does not fit the one it is loaded into."""
+
+
+def make_optimizer(
+    model: nn.Module,
+    *,
+    name: str = "adamw",
+    learning_rate: float,
+    weight_decay: float,
+    betas: Betas,
+) -> "torch.optim.Optimizer | Optimizers":
+    """The optimizer of this name (see OPTIMIZERS) over the parameters of the model that train.
+
+    Each of its param_groups has an "lr_scale": whoever changes the rate sets group["lr"] to the
+    rate times that.
+    """
+    optimizer = OPTIMIZERS[name](model, learning_rate, weight_decay, betas)
+    for group in optimizer.param_groups:
+        group.setdefault("lr_scale", 1.0)
+        group["lr"] = learning_rate * group["lr_scale"]
+    return optimizer
+
+
+# ---- AdamW
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices and embeddings (two dimensions or more), which decay, and biases and norms, which do
     not; both in the order of model.parameters(), so that a saved state fits any model of the same
     configuration."""
@@ -19,14 +67,244 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def make_optimizer(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+def adamw(
+    model: nn.Module, learning_rate: float, weight_decay: float, betas: Betas
 ) -> torch.optim.AdamW:
-    """AdamW over parameter_groups(), fused where torch has the kernel. On a CPU that is one pass
-    over the weights instead of a dozen, several times as fast, with the same result but for
-    rounding."""
+    """AdamW (Loshchilov & Hutter 2019) over parameter_groups(), fused where torch has the kernel.
+
+    On a CPU that is one pass over the weights instead of a dozen, several times as fast, with the
+    same result but for rounding.
+    """
     groups = parameter_groups(model, weight_decay)
-    kinds = {p.device.type for group in groups for p in group["params"]}
-    return torch.optim.AdamW(
-        groups, lr=learning_rate, betas=betas, fused=kinds <= {"cuda", "cpu", "mps"}
-    )
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=_is_fused(groups))
+
+
+def _is_fused(groups: Iterable[dict[str, Any]]) -> bool:
+    return {p.device.type for group in groups for p in group["params"]} <= FUSED_ON
+
+
+# ---- Muon
+
+
+def muon(model: nn.Module, learning_rate: float, weight_decay: float, betas: Betas) -> "Optimizers":
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for everything else.
+
+    A model says what is what by optimizer_groups(), a list of torch's parameter groups with these
+    keys: "params"; "optimizer", "muon" or "adamw"; "lr_scale" (1.0 where it is left out); "rows",
+    of Muon alone: how many rows each of the matrices has that lie one below the other in every
+    parameter of the group; and any setting of the optimizer in question ("weight_decay", "betas",
+    "eps", "momentum", ...). A model without that method gets gpt2_groups(). Raises ValueError when
+    a parameter that trains is in no group, or in two.
+    """
+    said = getattr(model, "optimizer_groups", None)
+    groups = said() if said else gpt2_groups(model, weight_decay)
+    _check_groups(model, groups)
+    by_optimizer: dict[str, list[dict[str, Any]]] = {"muon": [], "adamw": []}
+    for group in groups:
+        settings = {key: value for key, value in group.items() if key != "optimizer"}
+        settings["params"] = [p for p in group["params"] if p.requires_grad]
+        if settings["params"]:
+            by_optimizer[group["optimizer"]].append(settings)
+    parts: dict[str, torch.optim.Optimizer] = {}
+    if matrices := by_optimizer["muon"]:
+        parts["muon"] = Muon(
+            matrices,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            momentum=0.95,
+            nesterov=True,
+            eps=1e-7,
+            ns_steps=5,
+            adjust_lr_fn="original",
+        )
+    if others := by_optimizer["adamw"]:
+        parts["adamw"] = torch.optim.AdamW(
+            others, lr=learning_rate, betas=betas, weight_decay=0.0, fused=_is_fused(others)
+        )
+    return Optimizers(parts)
+
+
+def gpt2_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Muon's share of a model with GPT-2's parameter names: the matrices in its blocks. Embeddings
+    are tables, not maps from one space to another, and stay with AdamW, as do biases and norms."""
+    fused, matrices, tables, vectors = [], [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            vectors.append(parameter)
+        elif ".h." not in f".{name}":
+            tables.append(parameter)
+        elif name.endswith("c_attn.weight"):  # (3 * n_embd, n_embd): queries, keys, values
+            fused.append(parameter)
+        else:
+            matrices.append(parameter)
+    rows = [fused[0].shape[0] // 3] * 3 if fused else None
+    return [
+        {"params": fused, "optimizer": "muon", "rows": rows},
+        {"params": matrices, "optimizer": "muon"},
+        {
+            "params": tables,
+            "optimizer": "adamw",
+            "lr_scale": ADAMW_SHARE,
+            "weight_decay": weight_decay,
+        },
+        {"params": vectors, "optimizer": "adamw", "lr_scale": ADAMW_SHARE},
+    ]
+
+
+def _check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    count = {id(p): 0 for p in model.parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            count[id(parameter)] += 1
+    wrong = [name for name, p in model.named_parameters() if p.requires_grad and count[id(p)] != 1]
+    if wrong:
+        raise ValueError(f"in no parameter group, or in two: {', '.join(wrong)}")
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon for parameters that are several matrices, one below the other, and for
+    processors that do not compute in bfloat16.
+
+    Muon replaces the momentum by the nearest matrix whose singular values are all alike. Queries,
+    keys and values are three maps that lie in one parameter only because one product is faster than
+    three: taken as one matrix, the largest of them would decide the scale of the others. A group's
+    "rows", say [768, 768, 768], cuts each of its parameters; None or no "rows": one matrix each.
+    The state stays one momentum_buffer a parameter.
+    """
+
+    def _init_group(
+        self, group: Any, params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]
+    ) -> bool:
+        whole: tuple[list[Tensor], ...] = ([], [], [])
+        has_complex = super()._init_group(group, *whole)
+        for tensors, pieces in zip((params, grads, momenta), whole, strict=True):
+            for tensor in pieces:  # views: writing to them is writing to the parameter
+                tensors += tensor.split(group["rows"]) if group.get("rows") else [tensor]
+        return has_complex
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """torch's own step where the device computes in bfloat16, as that one always does. A CPU
+        that does not would take 25 times as long as in float32, most of an update's time."""
+        if all(_computes_in_bfloat16(p.device) for g in self.param_groups for p in g["params"]):
+            return super().step(closure)
+        for group in self.param_groups:
+            pieces: tuple[list[Tensor], ...] = ([], [], [])
+            self._init_group(group, *pieces)
+            for parameter, gradient, momentum in zip(*pieces, strict=True):
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                update = orthogonalized(gradient.lerp(momentum, group["momentum"]), group)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                longer = max(1.0, parameter.size(0) / parameter.size(1)) ** 0.5
+                parameter.add_(update, alpha=-group["lr"] * longer)
+        return None
+
+
+def orthogonalized(matrix: Tensor, settings: dict[str, Any]) -> Tensor:
+    """The matrix with its singular values brought near 1, by the quintic Newton-Schulz iteration of
+    Jordan et al. 2024, "Muon"; in the dtype of the matrix."""
+    a, b, c = settings["ns_coefficients"]
+    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
+    x = x / x.norm().clamp(min=settings["eps"])
+    for _ in range(settings["ns_steps"]):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.size(0) > matrix.size(1) else x
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    return pick_dtype("auto", device) == torch.bfloat16
+
+
+class Optimizers:
+    """Several optimizers, each over its own parameters, with the methods of one."""
+
+    def __init__(self, parts: dict[str, torch.optim.Optimizer]):
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups themselves, of all parts: what is set in them counts."""
+        return [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts.values():
+            part.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises OptimizerMismatch for the state of other optimizers."""
+        if set(state) != set(self.parts):
+            here, there = " and ".join(self.parts), " and ".join(map(str, state))
+            raise OptimizerMismatch(
+                f"the checkpoint holds the state of another optimizer ({there} instead of {here});"
+                " continue with the --optimizer that it was trained with"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer | Optimizers]] = {
+    "adamw": adamw,
+    "muon": muon,
+}
+
+
+# ---- The learning rate of the update that turns step `step` into `step + 1`; the first is step 0.
+
+
+def learning_rate(
+    step: int, *, max_lr: float, min_lr: float, warmup_iters: int, lr_decay_iters: int
+) -> float:
+    """Linear warmup, cosine decay, then constant.
+
+    >>> learning_rate(2000, max_lr=6e-4, min_lr=6e-5, warmup_iters=2000, lr_decay_iters=600_000)
+    0.0006
+
+    Warmup: the first `warmup_iters` updates rise linearly towards `max_lr`, which the next one has;
+    none of them is zero. Then half a cosine down to `min_lr` at `lr_decay_iters`, constant after.
+    The shape is that of GPT-3 (Brown et al. 2020, appendix B), as GPT-2's reproductions use it.
+    """
+    if step < warmup_iters:
+        return max_lr * (step + 1) / (warmup_iters + 1)
+    if step >= lr_decay_iters:
+        return min_lr
+    progress = (step - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + (max_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def trapezoid(
+    step: int,
+    *,
+    max_lr: float,
+    min_lr: float = 0.0,
+    warmup_iters: int,
+    lr_decay_iters: int,
+    decay_share: float = 0.4,
+) -> float:
+    """Linear warmup as above, constant at `max_lr`, then linear decay to `min_lr` at
+    `lr_decay_iters`.
+
+    >>> trapezoid(800, max_lr=1.0, warmup_iters=0, lr_decay_iters=1000)
+    0.5
+
+    decay_share: the share of lr_decay_iters, counted from its end, in which the rate falls; at most
+    what the warmup leaves. Its source: Hägele et al. 2024, "Scaling laws and compute-optimal
+    training beyond fixed training durations".
+    """
+    if step < warmup_iters:
+        return max_lr * (step + 1) / (warmup_iters + 1)
+    if step >= lr_decay_iters:
+        return min_lr
+    decay_iters = min(decay_share * lr_decay_iters, lr_decay_iters - warmup_iters)
+    left = lr_decay_iters - step
+    return max_lr if left >= decay_iters else min_lr + (max_lr - min_lr) * left / decay_iters
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {"cosine": learning_rate, "trapezoid": trapezoid}

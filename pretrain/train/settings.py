@@ -1,235 +1,355 @@
 """What train_gpt2.py can be told: every flag, its default, and what of it contradicts the rest or
 the machine.
 
-    args, given, problems = parse(build_parser(), ["--batch_size", "16"])
-    problems = problems or check(args, given, world_size=8)
+    settings, problems = resolve(["--batch_size", "16"], world_size=8)
+    settings.batch_size             # 16; problems: one line each, none when the run may begin
+
+No torch here, nor in what is imported at the top: --help and wrong flags answer at once.
 """
 
-import argparse
 import math
 import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-from pretrain import distributed
-from pretrain.flags import AMOUNT, COUNT, REAL, SEED, SHARE
+from pretrain.errors import UserError, say
+from pretrain.flags import AMOUNT, COUNT, LARGEST, parse_with_config
 from pretrain.report import trackers
-from pretrain.text.documents import local_source
 from pretrain.text.source import SourceError
-from pretrain.tokens.owntext import is_shard_folder
-from pretrain.tokens.shards import DEFAULT_DATA_DIR, ShardError, find_shards
+from pretrain.tokens.shards import ShardError, find_shards
 from pretrain.tokens.tokenizer import TokenizerUnavailable
-from pretrain.train.keytokens import KeyTokenError, load_key_tokens
+from pretrain.train.arguments import RIVALS, build_parser
+from pretrain.train.keytokens import KeyTokenError, read_key_tokens
 
-# A flag on the command line puts these of a --config file out of force.
-RIVALS = {
-    "data": {"data_dir"},
-    "data_dir": {"data"},
-    "max_iters": {"epochs"},
-    "epochs": {"max_iters", "lr_decay_iters"},
-    "total_batch_tokens": {"gradient_accumulation_steps"},
-    "gradient_accumulation_steps": {"total_batch_tokens"},
+__all__ = ["AMOUNT", "COUNT", "RIVALS", "TrainSettings", "build_parser", "resolve"]
+MANY_EPOCHS = 10_000  # more passes over the data than anybody means
+# What holds with --optimizer muon where a flag is not given: the record's settings for 124M.
+MUON = {
+    "learning_rate": 0.025,
+    "min_lr": 0.0,
+    "warmup_iters": 0,
+    "weight_decay": 0.05,
+    "beta1": 0.8,
+    "grad_clip": 0.0,
 }
+HEAD_DIM = 128  # of --model modern
+VOCABULARY = 50257  # of GPT-2, for the size of a model that is not built yet
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train_gpt2.py",
-        usage="[torchrun --nproc_per_node=N] train_gpt2.py [--data_dir DIR] [--out_dir DIR] [flags]",
-        description="Train GPT-2 on token shards. The same command again continues where it stopped.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    switch = argparse.BooleanOptionalAction
-    # fmt: off
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of flags, such as those in configs/: "
-        "lines like batch_size: 16; flags of the command line win")
-    add = parser.add_argument_group("model").add_argument
-    add("--n_layer", type=COUNT, default=12, help="blocks (%(default)s; gpt2-medium 24, large 36, xl 48)")
-    add("--n_head", type=COUNT, default=12, help="attention heads (%(default)s; 16, 20, 25)")
-    add("--n_embd", type=COUNT, default=768, help="width (%(default)s; 1024, 1280, 1600)")
-    add("--block_size", type=COUNT, default=1024, help="tokens of context (%(default)s)")
-    add("--dropout", type=SHARE, default=0.0,
-        help="0 for pretraining, 0.1 or more for small data (%(default)s)")
-    add("--bias", action=switch, default=True, help="biases, as GPT-2 has them (on)")
-    add("--init_from", default="scratch", metavar="WHAT",
-        help="weights to begin with: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a checkpoint of this "
-             "program, or a folder in Hugging Face's format; sizes come with the weights (scratch)")
-    add = parser.add_argument_group("data").add_argument
-    add("--data_dir", default=DEFAULT_DATA_DIR, metavar="DIR", help=f"shards ({DEFAULT_DATA_DIR})")
-    add("--data", nargs="+", metavar="PATH",
-        help="one's own text instead: files, folders or patterns as for fineweb.py --source. Their shards go "
-             "to OUT_DIR/data: the first tenth of the tokens for validation, the rest for training. A "
-             "folder of shards is taken as it is")
-    add("--stride", type=AMOUNT, default=0, metavar="N",
-        help="tokens between the starts of training windows: half of --block_size gives a small text twice "
-             "as many windows, that overlap; validation windows never do (%(default)s: --block_size)")
-    add("--shuffle", action=switch, default=True, help="a new order every epoch; else file order (on)")
-    add("--verify_data", action=switch, default=None,
-        help="hash all shards before starting. Headers and sizes are always checked, and ids as they are "
-             "read (on for up to 2 GB)")
-    add = parser.add_argument_group("batch").add_argument
-    add("--batch_size", type=COUNT, default=8,
-        help="sequences per process and micro-step; the first thing to lower when memory runs out "
-             "(%(default)s)")
-    add("--gradient_accumulation_steps", type=COUNT, default=5, metavar="N",
-        help="micro-steps per update, per process (%(default)s)")
-    add("--total_batch_tokens", type=AMOUNT, default=0, metavar="N",
-        help="tokens per update over all processes, for instance 524288; the micro-steps follow from it "
-             "(%(default)s: the batch follows from the two flags above)")
-    add = parser.add_argument_group("optimizer").add_argument
-    add("--max_iters", type=COUNT, default=600000, metavar="N",
-        help="updates in all; raise it to go on with a finished run (%(default)s)")
-    add("--epochs", type=REAL, default=0, metavar="N",
-        help="instead of --max_iters: until every training window was used N times (0.5: half of them). The "
-             "cosine ends there too, and the warmup takes a tenth of it at most, unless their flags are "
-             "given (%(default)s: by --max_iters)")
-    add("--learning_rate", type=REAL, default=6e-4, metavar="LR", help="highest learning rate (%(default)s)")
-    add("--min_lr", type=REAL, default=6e-5, metavar="LR",
-        help="learning rate at the end of the cosine and after; a tenth is usual (%(default)s)")
-    add("--warmup_iters", type=AMOUNT, default=2000, metavar="N",
-        help="updates of linear warmup (%(default)s)")
-    add("--lr_decay_iters", type=AMOUNT, default=600000, metavar="N",
-        help="update at which the cosine ends, usually --max_iters (%(default)s)")
-    add("--weight_decay", type=REAL, default=0.1, help="AdamW's, on matrices only (%(default)s)")
-    add("--beta1", type=SHARE, default=0.9, help="AdamW's (%(default)s)")
-    add("--beta2", type=SHARE, default=0.95, help="AdamW's (%(default)s)")
-    add("--grad_clip", type=REAL, default=1.0, help="largest gradient norm (%(default)s; 0: any)")
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval_interval", type=AMOUNT, default=2000, metavar="N",
-        help="updates between evaluations; the start and the end are evaluated too (%(default)s; 0: never)")
-    add("--eval_iters", type=COUNT, default=200, metavar="N",
-        help="batches of --batch_size sequences in an evaluation, shared out among the processes: the first "
-             "of the val shards, and as many spread over the train shards (%(default)s)")
-    add("--early_stopping", type=AMOUNT, default=0, metavar="PATIENCE",
-        help="end the run after so many evaluations in a row without a new lowest validation loss; "
-             "best_val_loss.pt has that (%(default)s: never)")
-    add("--eval_only", action=switch, default=False,
-        help="evaluate the newest checkpoint in --out_dir, or that of --resume or --init_from; print, write "
-             "nothing, and exit")
-    add("--hellaswag", action=switch, default=True,
-        help="score HellaSwag at evaluations where its data can be had (on)")
-    add("--hellaswag_data", metavar="FILE", help="hellaswag_val.jsonl, also .gz (else downloaded once)")
-    add("--hellaswag_limit", type=AMOUNT, metavar="N",
-        help="score N examples, always the same choice (all on cuda, 200 elsewhere; 0: all)")
-    add("--sample_interval", type=AMOUNT, default=1, metavar="N",
-        help="evaluations from one sample of the model's text to the next, at temperature 0.8 from the 50 "
-             "likeliest tokens (%(default)s: at each but that of step 0; 0: never)")
-    add("--sample_prompt", default="Hello, I'm a language model,", metavar="TEXT",
-        help='what it continues; "" begins a document (%(default)r)')
-    add("--sample_tokens", type=COUNT, default=40, metavar="N", help="tokens it adds (%(default)s)")
-    add = parser.add_argument_group("weights of sequences").add_argument
-    add("--key_tokens", metavar="FILE",
-        help="train on the mean over sequences of A x (1 + number of key tokens in it) x (mean loss of it), "
-             "which is then the training loss that is logged; evaluations weigh nothing. FILE has the text "
-             "of one GPT-2 token a line, where ' river' and 'river' are two (off)")
-    add("--key_token_alpha", type=REAL, default=1.0, metavar="A", help="A above (%(default)s)")
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="cuda, cuda:N, mps or cpu (the first of these there is)")
-    add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto",
-        help="of the computation; weights are float32, float16 scales its gradients (bfloat16 where the "
-             "device computes in it, else float16 on cuda, else float32)")
-    add("--compile", action=switch, default=None,
-        help="torch.compile: a minute at the start, then faster steps; on a CPU it needs a C++ compiler "
-             "(on for cuda)")
-    add("--gradient_checkpointing", action=switch, default=False,
-        help="recompute activations: much less memory, a third more time (off)")
-    add = parser.add_argument_group("run").add_argument
-    add("--out_dir", default="checkpoints", metavar="DIR", help="for checkpoints and logs (checkpoints)")
-    add("--resume", default="auto", metavar="auto|never|PATH",
-        help="auto: continue the newest good checkpoint in --out_dir, if any. never: start anew, an earlier "
-             "run's files are moved aside. A path: continue that one, later ones are moved aside (auto)")
-    add("--keep_checkpoints", type=COUNT, default=3, metavar="N", help="iter-*.pt to keep (%(default)s)")
-    add("--checkpoint_interval", type=AMOUNT, default=0, metavar="N",
-        help="updates between saves of resume.pt (%(default)s: by time only)")
-    add("--checkpoint_minutes", type=REAL, default=15, metavar="M",
-        help="minutes between saves of resume.pt (%(default)s; 0: never)")
-    add("--log_interval", type=COUNT, default=10, metavar="N", help="updates between log lines (%(default)s)")
-    add("--tensorboard", action=switch, default=False,
-        help="the metrics also as TensorBoard's files, in OUT_DIR/tensorboard (off)")
-    add("--wandb", action=switch, default=False,
-        help="the metrics also to Weights & Biases; WANDB_MODE=offline keeps them in OUT_DIR/wandb (off)")
-    add("--seed", type=SEED, default=1337, help="of weights, data order, dropout and samples (1337)")
-    # fmt: on
-    return parser
+class SettingsError(UserError):
+    """Flags that contradict what a run finds once its data is open."""
 
 
-def check(args: argparse.Namespace, given: set[str], world_size: int) -> list[str]:
+@dataclass(frozen=True)
+class TrainSettings:
+    """All that a run is told, made once from command line, --config and torchrun's environment.
+    What a field means, its unit and its default: the flag of that name, in build_parser."""
+
+    config: str | None
+    # model
+    model: str
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    dropout: float
+    bias: bool
+    init_from: str
+    # data
+    data_dir: str
+    data: list[str] | None
+    stride: int
+    shuffle: bool
+    verify_data: bool | None
+    # batch
+    batch_size: int
+    gradient_accumulation_steps: int
+    total_batch_tokens: int
+    # optimizer
+    optimizer: str
+    schedule: str
+    decay_share: float
+    max_iters: int
+    epochs: float
+    learning_rate: float
+    min_lr: float
+    warmup_iters: int
+    lr_decay_iters: int
+    weight_decay: float
+    beta1: float
+    beta2: float
+    grad_clip: float
+    # evaluation
+    eval_interval: int
+    eval_iters: int
+    early_stopping: int
+    eval_only: bool
+    hellaswag: bool
+    hellaswag_data: str | None
+    hellaswag_limit: int | None
+    sample_interval: int
+    sample_prompt: str
+    sample_tokens: int
+    # weights of sequences
+    key_tokens: str | None
+    key_token_alpha: float
+    # machine
+    device: str
+    dtype: str
+    compile: bool | None
+    gradient_checkpointing: bool
+    # run
+    out_dir: str
+    resume: str
+    keep_checkpoints: int
+    checkpoint_interval: int
+    checkpoint_minutes: float
+    log_interval: int
+    tensorboard: bool
+    wandb: bool
+    seed: int
+    # not flags
+    given: frozenset[str] = frozenset()  # names of the flags that somebody set
+    world_size: int = 1  # processes
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """Every flag with its value, for checkpoints and config.json."""
+        names = [field.name for field in fields(self)]
+        return {n: getattr(self, n) for n in names if n not in ("given", "world_size")}
+
+    @property
+    def asked_sizes(self) -> set[str]:
+        """What of the flags a model must agree with, its architecture and its sizes: all of them
+        for a new one, those that were given for weights from elsewhere."""
+        sizes = {"model", "n_layer", "n_head", "n_embd", "bias", "block_size"}
+        anew = self.init_from == "scratch" and not self.eval_only
+        return sizes if anew else sizes & self.given
+
+    @property
+    def is_evaluated(self) -> bool:
+        return bool(self.eval_interval or self.eval_only)
+
+    def micro_steps(self, block_size: int) -> int:
+        """Forward passes of each process per update."""
+        micro_tokens = self.batch_size * block_size * self.world_size
+        return self.total_batch_tokens // micro_tokens or self.gradient_accumulation_steps
+
+
+def resolve(argv: Sequence[str], world_size: int) -> tuple[TrainSettings, list[str]]:
+    """(settings, all problems, one line each): only without problems do the settings mean
+    anything."""
+    args, given, problems = parse_with_config(build_parser(), argv, RIVALS)
+    values = vars(args) | _recipe(args, given)
+    settings = TrainSettings(**values, given=frozenset(given), world_size=world_size)
+    return settings, problems or problems_of(settings)
+
+
+def _recipe(args: Any, given: set[str]) -> dict[str, Any]:
+    """Values of flags that were not given and that follow from --model, --optimizer, --schedule."""
+    found: dict[str, Any] = dict(MUON) if args.optimizer == "muon" else {}
+    if args.model == "modern":
+        found["n_head"] = max(1, args.n_embd // HEAD_DIM)
+    if args.schedule == "trapezoid" and "lr_decay_iters" not in given:
+        found["lr_decay_iters"] = args.max_iters
+        warmup = found.get("warmup_iters", args.warmup_iters)
+        found["warmup_iters"] = min(warmup, args.max_iters // 10)  # as with --epochs
+    return {name: value for name, value in found.items() if name not in given}
+
+
+def from_command_line(argv: Sequence[str] | None) -> TrainSettings | None:
+    """The settings of a command line (None: this program's); None where something is wrong, which
+    the first process of each machine has said by then."""
+    settings, problems = resolve(sys.argv[1:] if argv is None else argv, _number("WORLD_SIZE", 1))
+    for problem in problems if _number("LOCAL_RANK", 0) == 0 else ():
+        say("train_gpt2.py", problem)
+    return None if problems else settings
+
+
+def _number(name: str, default: int) -> int:
+    """What torchrun set; what else stands there is refused where the ranks meet."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdecimal() else default
+
+
+def with_length(settings: TrainSettings, steps_per_epoch: float) -> TrainSettings:
+    """The same settings with --epochs, where given, turned into the updates that it is, and what
+    follows from it. Raises SettingsError for what contradicts it."""
+    if not settings.epochs:
+        return settings
+    updates = math.ceil(settings.epochs * steps_per_epoch)
+    if updates > LARGEST:
+        raise SettingsError(
+            f"--epochs {settings.epochs:g}: {updates:.1e} updates are more than can be counted"
+        )
+    given = settings.given
+    decay = settings.lr_decay_iters if "lr_decay_iters" in given else updates
+    shortened = min(settings.warmup_iters, updates // 10)
+    warmup = settings.warmup_iters if "warmup_iters" in given else shortened
+    if warmup > decay:
+        raise SettingsError(
+            f"--warmup_iters {warmup}: after --lr_decay_iters {decay} ({settings.epochs:g} epochs"
+            f" are {updates:,} updates)"
+        )
+    return replace(settings, max_iters=updates, lr_decay_iters=decay, warmup_iters=warmup)
+
+
+def warnings_of(settings: TrainSettings, steps_per_epoch: float) -> list[str]:
+    """What is allowed and yet defeats the run, most likely by a slip: one line each."""
+    found, epochs = [], settings.max_iters / steps_per_epoch
+    if 0 < settings.max_iters <= settings.warmup_iters:
+        found.append(
+            f"--warmup_iters {settings.warmup_iters:,}: the run ends after {settings.max_iters:,}"
+            " updates, before the learning rate has risen; lower it to a tenth of that"
+        )
+    if epochs >= MANY_EPOCHS:
+        found.append(
+            f"--max_iters {settings.max_iters:,} are {epochs:,.0f} passes over this data; give"
+            " --epochs, or more data"
+        )
+    if settings.learning_rate == 0:
+        found.append("--learning_rate 0: nothing will be learned")
+    return found
+
+
+def check(flags: Any, given: set[str], world_size: int) -> list[str]:
+    """problems_of for flags that come as an object with these names."""
+    names = {field.name for field in fields(TrainSettings)}
+    values = {name: value for name, value in vars(flags).items() if name in names}
+    return problems_of(TrainSettings(**values, given=frozenset(given), world_size=world_size))
+
+
+def problems_of(settings: TrainSettings) -> list[str]:
     """What is wrong with the flags together, and with the world they meet: one line each."""
-    problems = []
-    if args.init_from == "scratch" and args.n_embd % args.n_head:
-        problems.append(f"--n_embd {args.n_embd}: not a multiple of --n_head {args.n_head}")
-    if args.min_lr > args.learning_rate:
-        problems.append(f"--min_lr {args.min_lr}: above --learning_rate {args.learning_rate}")
-    if args.warmup_iters > args.lr_decay_iters and not args.epochs:
-        problems.append(
-            f"--warmup_iters {args.warmup_iters}: after --lr_decay_iters {args.lr_decay_iters}"
-        )
-    smallest = (
-        args.batch_size * args.block_size * world_size
-    )  # tokens in a micro-step of all processes
-    if args.total_batch_tokens % smallest:
-        problems.append(
-            f"--total_batch_tokens {args.total_batch_tokens}: not a multiple of {smallest} (--batch_size"
-            f" {args.batch_size} x --block_size {args.block_size} x {world_size} processes)"
-        )
-    if args.total_batch_tokens and "gradient_accumulation_steps" in given:
-        problems.append("--total_batch_tokens and --gradient_accumulation_steps: give one of them")
-    if args.epochs and "max_iters" in given:
-        problems.append("--epochs and --max_iters: give one of them")
-    if args.data and "data_dir" in given:
-        problems.append("--data and --data_dir: give one of them")
-    if args.early_stopping and not args.eval_interval:
-        problems.append("--early_stopping: needs evaluations, but --eval_interval is 0")
-    try:
-        distributed.pick_device(args.device, distributed.environment("LOCAL_RANK", 0))
-    except ValueError as error:
-        problems.append(f"--device {error}")
-    problems += _check_data(args) + _check_key_tokens(args, given)
+    problems = _check_numbers(settings) + _check_memory(settings) + _check_rivals(settings)
+    if problem := _device_problem(settings.device):
+        problems.append(f"--device {problem}")
+    problems += _check_data(settings) + _check_key_tokens(settings)
     for package in trackers.PACKAGES:
-        if getattr(args, package) and (problem := trackers.missing(package)):
+        if getattr(settings, package) and (problem := trackers.missing(package)):
             problems.append(f"--{package} {problem}")
-    if args.resume not in ("auto", "never") and not os.path.isfile(args.resume):
-        problems.append(f"--resume {args.resume}: no such file (and neither auto nor never)")
-    if args.hellaswag_data and not os.path.isfile(args.hellaswag_data):
-        problems.append(f"--hellaswag_data {args.hellaswag_data}: no such file")
+    if settings.resume not in ("auto", "never") and not os.path.isfile(settings.resume):
+        problems.append(f"--resume {settings.resume}: no such file (and neither auto nor never)")
+    if settings.hellaswag_data and not os.path.isfile(settings.hellaswag_data):
+        problems.append(f"--hellaswag_data {settings.hellaswag_data}: no such file")
     return problems
 
 
-def _check_data(args: argparse.Namespace) -> list[str]:
-    own_text = args.data and not (len(args.data) == 1 and is_shard_folder(args.data[0]))
+def _check_numbers(settings: TrainSettings) -> list[str]:
+    problems = []
+    if settings.init_from == "scratch" and settings.n_embd % settings.n_head:
+        problems.append(f"--n_embd {settings.n_embd}: not a multiple of --n_head {settings.n_head}")
+    elif settings.model == "modern" and settings.n_embd // settings.n_head % 4:
+        problems.append(
+            f"--n_embd {settings.n_embd}, --n_head {settings.n_head}: heads of"
+            f" {settings.n_embd // settings.n_head}; --model modern needs a multiple of 4"
+        )
+    if settings.min_lr > settings.learning_rate:
+        problems.append(
+            f"--min_lr {settings.min_lr}: above --learning_rate {settings.learning_rate}"
+        )
+    if settings.warmup_iters > settings.lr_decay_iters and not settings.epochs:
+        problems.append(
+            f"--warmup_iters {settings.warmup_iters}: after --lr_decay_iters"
+            f" {settings.lr_decay_iters}"
+        )
+    # Tokens in a micro-step of all processes.
+    smallest = settings.batch_size * settings.block_size * settings.world_size
+    if settings.total_batch_tokens % smallest:
+        problems.append(
+            f"--total_batch_tokens {settings.total_batch_tokens}: not a multiple of {smallest}"
+            f" (--batch_size {settings.batch_size} x --block_size {settings.block_size} x"
+            f" {settings.world_size} processes)"
+        )
+    return problems
+
+
+def _check_rivals(settings: TrainSettings) -> list[str]:
+    given, problems = settings.given, []
+    if settings.total_batch_tokens and "gradient_accumulation_steps" in given:
+        problems.append("--total_batch_tokens and --gradient_accumulation_steps: give one of them")
+    if settings.epochs and "max_iters" in given:
+        problems.append("--epochs and --max_iters: give one of them")
+    if settings.data and "data_dir" in given:
+        problems.append("--data and --data_dir: give one of them")
+    if settings.early_stopping and not settings.eval_interval:
+        problems.append("--early_stopping: needs evaluations, but --eval_interval is 0")
+    return problems
+
+
+def _check_memory(settings: TrainSettings) -> list[str]:
+    """Sizes that no run on this machine could hold, found before any memory is asked for: a lower
+    bound, so that nothing is refused that might work."""
+    have = main_memory()
+    if have is None or settings.init_from != "scratch" or settings.eval_only:
+        return []
+    width, problems = settings.n_embd, []
+    # A block: attention 4 x width^2, MLP 8 x width^2. In float32: weight, gradient, two moments.
+    parameters = 12 * settings.n_layer * width**2 + width * (VOCABULARY + settings.block_size)
+    if 16 * parameters > have:
+        problems.append(
+            f"--n_layer {settings.n_layer}, --n_embd {width}, --block_size {settings.block_size}:"
+            f" {parameters:.3g} parameters take {16 * parameters / 1e9:,.0f} GB to train, and this"
+            f" machine has {have / 1e9:,.0f} GB; choose smaller ones"
+        )
+        return problems
+    # The rows of a micro-step once, in half precision, and the ids of all its micro-steps.
+    rows = settings.batch_size * settings.block_size
+    if rows * (2 * width + 16 * settings.micro_steps(settings.block_size)) > have:
+        problems.append(
+            f"--batch_size {settings.batch_size}, --block_size {settings.block_size},"
+            f" --gradient_accumulation_steps {settings.micro_steps(settings.block_size)}: an update"
+            f" does not fit into the {have / 1e9:,.0f} GB of this machine; choose smaller ones"
+        )
+    return problems
+
+
+def main_memory() -> int | None:
+    """Bytes of main memory in this machine; None where the system does not say."""
     try:
-        if own_text:
-            local_source(args.data)
-        for split in ("train", "val") if args.eval_interval or args.eval_only else ("train",):
-            if not own_text:
-                find_shards(args.data[0] if args.data else args.data_dir, split)
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _device_problem(name: str) -> str | None:
+    if name in ("auto", "cpu"):
+        return None  # there always: no need to load torch, which takes seconds
+    from pretrain import distributed
+
+    try:
+        distributed.pick_device(name, distributed.environment("LOCAL_RANK", 0))
+    except (ValueError, UserError) as error:
+        return str(error)
+    return None
+
+
+def _check_data(settings: TrainSettings) -> list[str]:
+    data = settings.data
+    try:
+        if data:
+            # Here, since building shards loads pyarrow.
+            from pretrain.text.documents import local_source
+            from pretrain.tokens.owntext import is_shard_folder
+
+            if len(data) > 1 or not is_shard_folder(data[0]):
+                local_source(data)
+                return []
+        for split in ("train", "val") if settings.is_evaluated else ("train",):
+            find_shards(data[0] if data else settings.data_dir, split)
     except (SourceError, ShardError) as error:
-        return [f"--{'data' if args.data else 'data_dir'} {error}"]
+        return [f"--{'data' if data else 'data_dir'} {error}"]
     return []
 
 
-def _check_key_tokens(args: argparse.Namespace, given: set[str]) -> list[str]:
-    if not args.key_tokens:
-        return ["--key_token_alpha: needs --key_tokens"] if "key_token_alpha" in given else []
+def _check_key_tokens(settings: TrainSettings) -> list[str]:
+    if not settings.key_tokens:
+        alone = "key_token_alpha" in settings.given
+        return ["--key_token_alpha: needs --key_tokens"] if alone else []
     try:
-        load_key_tokens(args.key_tokens)
+        read_key_tokens(settings.key_tokens)
     except (KeyTokenError, TokenizerUnavailable) as error:
         return [f"--key_tokens {error}"]
     return []
-
-
-def set_length(args: argparse.Namespace, given: set[str], steps_per_epoch: float) -> str | None:
-    """Turn --epochs, where given, into --max_iters, and set what follows from it. Returns what
-    contradicts it."""
-    if not args.epochs:
-        return None
-    args.max_iters = math.ceil(args.epochs * steps_per_epoch)
-    if "lr_decay_iters" not in given:
-        args.lr_decay_iters = args.max_iters
-    if "warmup_iters" not in given:
-        args.warmup_iters = min(args.warmup_iters, args.max_iters // 10)
-    if args.warmup_iters > args.lr_decay_iters:
-        return (
-            f"--warmup_iters {args.warmup_iters}: after --lr_decay_iters {args.lr_decay_iters}"
-            f" ({args.epochs:g} epochs are {args.max_iters:,} updates)"
-        )
-    return None

@@ -11,7 +11,7 @@ import uuid
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fuzzing import cases
+from fuzzing import fuzz_settings
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,13 +77,13 @@ LINES = b"".join(
 
 
 @given(mutated(LINES), st.sampled_from(["stop", "skip"]))
-@cases(120)
+@fuzz_settings(120)
 def test_fuzz_json_lines(tmp_path, data, on_bad):
     read_all(write(tmp_path, ".jsonl", data), on_bad_document=on_bad)
 
 
 @given(mutated(gzip.compress(LINES, mtime=0)), st.sampled_from(["stop", "skip"]))
-@cases(80)
+@fuzz_settings(80)
 def test_fuzz_compressed_json_lines(tmp_path, data, on_bad):
     read_all(write(tmp_path, ".jsonl.gz", data), on_bad_document=on_bad)
 
@@ -92,7 +92,7 @@ ZSTD = pa.compress(LINES, "zstd", asbytes=True)
 
 
 @given(mutated(ZSTD), st.sampled_from(["stop", "skip"]))
-@cases(80)
+@fuzz_settings(80)
 def test_fuzz_zstd(tmp_path, data, on_bad):
     read_all(write(tmp_path, ".jsonl.zst", data), on_bad_document=on_bad)
 
@@ -101,7 +101,7 @@ TEXT = "one\n<|endoftext|>\r\ntwo \u00e9\n<|endoftext|>\n\n<|endoftext|>\nthree"
 
 
 @given(mutated(TEXT) | st.binary(max_size=100), st.sampled_from(["stop", "skip"]))
-@cases(120)
+@fuzz_settings(120)
 def test_fuzz_text(tmp_path, data, on_bad):
     read_all(write(tmp_path, ".txt", data), on_bad_document=on_bad)
 
@@ -119,7 +119,7 @@ def parquet_file(tmp_path_factory):
 
 
 @given(st.data(), st.sampled_from(["stop", "skip"]))
-@cases(120)
+@fuzz_settings(120)
 def test_fuzz_parquet_footer(tmp_path, parquet_file, data, on_bad):
     footer_bytes = int.from_bytes(parquet_file[-8:-4], "little") + 8
     changed = data.draw(mutated(parquet_file, tail=footer_bytes))
@@ -135,7 +135,7 @@ dataset_info: {features: [{name: text, dtype: string}], when: 2024-02-03, size: 
 
 
 @given(mutated(CARD))
-@cases(120)
+@fuzz_settings(120)
 def test_fuzz_dataset_cards(data):
     text = "---\n" + data.decode("utf-8", "replace") + "\n---\n"
     begun = time.monotonic()
@@ -183,7 +183,7 @@ TOKENS = [
 
 
 @given(st.lists(st.sampled_from(TOKENS), max_size=30).map("".join))
-@cases(200)
+@fuzz_settings(200)
 def test_fuzz_yaml(text):
     try:
         load_yaml(text, "x.yaml")

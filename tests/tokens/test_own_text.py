@@ -22,7 +22,7 @@ from pretrain.tokens.owntext import prepare, unigram_entropy
 from pretrain.tokens.shards import find_shards, open_shard
 from pretrain.tokens.tokenizer import END_OF_TEXT, load_encoding
 from pretrain.train.loader import ShardLoader, TokenWindows
-from pretrain.train.schedule import learning_rate
+from pretrain.train.optim import learning_rate
 
 DOCUMENTS = [
     f"The mill by the river has {n} wheels, and each of them turns {n * n} times." for n in range(9)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from pretrain.train.schedule import learning_rate
+from pretrain.train.optim import learning_rate
 
 GPT2 = {"max_lr": 6e-4, "min_lr": 6e-5, "warmup_iters": 2000, "lr_decay_iters": 600_000}
 
