@@ -139,8 +139,8 @@ def agree(result: Result, sums: np.ndarray, means: np.ndarray, dtype: torch.dtyp
     )
     excused = f" ({ties} of the others are ties)" if ties else ""
     print(
-        f"          {same} of {2 * len(sums)} picks equal{excused}, largest difference {total:.1e} of a"
-        f" summed loss, {per_token:.1e} per token",
+        f"          {same} of {2 * len(sums)} picks equal{excused}, largest difference {total:.1e}"
+        f" of a summed loss, {per_token:.1e} per token",
         flush=True,
     )
     return dtype != torch.float32 or (
@@ -169,7 +169,8 @@ def compare_ranks(rank: int, folder: str, case: Case) -> None:
     if rank == 0:
         name = str(case.dtype).removeprefix("torch.")
         print(
-            f"{name:9} two ranks of one thread are {times:.2f} times as fast as one process of two threads"
+            f"{name:9} two ranks of one thread are {times:.2f} times as fast as one process of two"
+            " threads"
         )
     dist.destroy_process_group()
 
@@ -185,7 +186,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--checkpoint", type=Path, help="model to score (default: 124M parameters, random)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the first of these there is)")
     add("--threads", type=int, default=2, help="on a CPU (default: 2)")
-    add("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"])
+    add("--dtypes", nargs="+", default=["bfloat16", "float32"],
+        choices=["bfloat16", "float16", "float32"])
     add("--rounds", type=int, default=4, help="turns of each (default: 4)")
     add("--compile", action="store_true", help="also measure evaluate with compiled blocks")
     add("--ranks", action="store_true", help="only compare two ranks with one process, on a CPU")

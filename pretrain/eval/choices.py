@@ -18,7 +18,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -149,7 +149,7 @@ class Parts(NamedTuple):
     vocab_size: int | None  # where known
 
 
-def take_apart(model: Callable) -> Parts:
+def take_apart(model: Any) -> Parts:
     """The parts of our GPT, of transformers' GPT-2, or of anything that maps tokens (B, T) to
     logits (B, T, vocabulary): alone, first in a tuple, or as `.logits`. Wrappers of
     DistributedDataParallel and torch.compile are taken off, since they have nothing but a
@@ -202,8 +202,8 @@ def _scores(rows: Sequence[Row], losses: Tensor) -> Scores:
     for row in rows:
         for choices, loss in zip(row.choices, sums, strict=False):
             found += [(row.item, choice, loss) for choice in choices]
-    items, choices, values = zip(*found, strict=True)
-    return Scores(np.array(items), np.array(choices), np.array(values))
+    items, numbers, values = zip(*found, strict=True)
+    return Scores(np.array(items), np.array(numbers), np.array(values))
 
 
 @contextlib.contextmanager

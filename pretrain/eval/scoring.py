@@ -85,9 +85,7 @@ def score_examples(
         raise HellaSwagError(
             f"a vocabulary of {parts.vocab_size} tokens is not GPT-2's of {VOCAB_SIZE}"
         )
-    encoding = load_encoding()
-    items, counts = zip(*(encode(example, style, encoding) for example in examples), strict=True)
-    lengths, labels = np.array(counts), np.array([example.label for example in examples])
+    items, lengths, labels = _encoded(examples, style)
     rows = engine.make_rows(items, parts.block_size, share=parts.packs)
     batches = engine.make_batches(rows, batch_tokens or engine.BATCH_TOKENS.get(place.type, 4096))
     mine, num_own = _share(batches, rank, world_size)
@@ -113,13 +111,24 @@ def score_examples(
         raise HellaSwagError(
             f"losses of the model are not finite on {bad} of {len(items)} examples"
         )
-    truncated = sum(
-        len(row.choices) for row in rows if len(row.context) < len(items[row.item].context)
-    )
-    numbers = _accuracies(losses, lengths, labels)
+    truncated = sum(len(r.choices) for r in rows if len(r.context) < len(items[r.item].context))
     return Result(
-        style, len(items), truncated=truncated, seconds=time.perf_counter() - t0, **numbers
+        style,
+        len(items),
+        truncated=truncated,
+        seconds=time.perf_counter() - t0,
+        **_accuracies(losses, lengths, labels),
     )
+
+
+def _encoded(
+    examples: Sequence[Example], style: str
+) -> tuple[list[engine.Item], np.ndarray, np.ndarray]:
+    """(token ids, lengths int64 (n, 4) that acc_norm divides by, labels int64 (n,))."""
+    encoding = load_encoding()
+    pairs = [encode(example, style, encoding) for example in examples]
+    items, lengths = [item for item, _ in pairs], np.array([lengths for _, lengths in pairs])
+    return items, lengths, np.array([example.label for example in examples])
 
 
 def _share(batches: list, rank: int, world_size: int) -> tuple[list, int]:

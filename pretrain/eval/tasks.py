@@ -133,9 +133,9 @@ class HellaSwag(MultipleChoice):
         self._is_here = file is not None or environment("LOCAL_RANK", 0) > 0
         self._problem: str | None = None
         if not self._is_here:
-            thread = threading.Thread(target=self._download, daemon=True)
-            thread.start()
-            thread.join(wait_seconds)
+            self._thread = threading.Thread(target=self._download, daemon=True)
+            self._thread.start()
+            self._thread.join(wait_seconds)
 
     def _download(self) -> None:
         # Its retries are not for the console of a run.

@@ -138,8 +138,8 @@ def compare(runs: list[Run]) -> Table:
             if measure.better and len(known) > 1 and value == measure.better(known):
                 best.add((row, len(rows[row])))
             rows[row].append(format(value, measure.form) if math.isfinite(value) else "")
-    for row, run in zip(rows, runs, strict=True):
-        row.append(run.status())
+    for cells, run in zip(rows, runs, strict=True):
+        cells.append(run.status())
     return Table(header, rows, runs, best)
 
 

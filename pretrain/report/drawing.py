@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -27,7 +27,7 @@ INK, GRID = "#3d4450", "#d9dde3"  # on white
 DARK = {INK: "#c6ccd5", GRID: "#343a44"}  # what they become on a dark page
 POINTS = 600  # that a curve is drawn with at most: more than its pixels add nothing but bytes
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
     "text.color": INK,
@@ -111,6 +111,11 @@ def new_axes() -> "Axes":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(5.4, 3.4), layout="constrained").add_subplot()
+
+
+def whole(axes: "Axes") -> "Figure":
+    """The figure of new_axes."""
+    return cast("Figure", axes.figure)
 
 
 def run_colors(runs: list[Run]) -> list[tuple[str, str, str]]:

@@ -60,7 +60,8 @@ def not_finite(run: Run) -> Finding | None:
         "Loss not finite",
         step,
         f"At step {step:,} the run met numbers that are not finite: {values}.",
-        "Continue from the last checkpoint with a lower --learning_rate or a longer --warmup_iters; with "
+        "Continue from the last checkpoint with a lower --learning_rate or a longer "
+        "--warmup_iters; with "
         "float16 try --dtype bfloat16 or float32.",
     )
 
@@ -81,10 +82,13 @@ def overfitting(run: Run) -> Finding | None:
     return Finding(
         "Validation loss rises while training loss falls",
         int(steps[best]),
-        f"Validation loss was best at step {steps[best]:,.0f}, {val[best]:.4f}, and is {val[-1]:.4f} at step "
-        f"{steps[-1]:,.0f}; training loss fell from {train[best]:.4f} to {train[-1]:.4f} meanwhile. The "
+        f"Validation loss was best at step {steps[best]:,.0f}, {val[best]:.4f}, and is "
+        f"{val[-1]:.4f} at step "
+        f"{steps[-1]:,.0f}; training loss fell from {train[best]:.4f} to {train[-1]:.4f} "
+        "meanwhile. The "
         "model learns its training text by heart.",
-        f"best_val_loss.pt is from step {steps[best]:,.0f}: use it. More text helps most; otherwise "
+        f"best_val_loss.pt is from step {steps[best]:,.0f}: use it. More text helps most; "
+        "otherwise "
         "--dropout 0.1 to 0.2, a higher --weight_decay, or a smaller model.",
     )
 
@@ -116,7 +120,8 @@ def spikes(run: Run) -> Finding | None:
         "Loss spikes" if len(found) > 1 else "A loss spike",
         int(steps[found[0].first]),
         text,
-        "A spike that heals does no harm. If they come again or stay: a lower --learning_rate, a longer "
+        "A spike that heals does no harm. If they come again or stay: a lower --learning_rate, a "
+        "longer "
         "--warmup_iters, a lower --grad_clip, or --beta2 0.95 where it is higher.",
     )
 
@@ -137,7 +142,8 @@ def rising(run: Run) -> Finding | None:
         int(low_step),
         f"Training loss was about {medians[low]:.3f} around step {low_step:,.0f} and is about "
         f"{medians[-1]:.3f} from step {steps[parts[-1][0]]:,.0f} to {steps[-1]:,.0f}.",
-        "The run diverges: go back to a checkpoint before the rise with half the --learning_rate, or begin "
+        "The run diverges: go back to a checkpoint before the rise with half the "
+        "--learning_rate, or begin "
         "again with a longer --warmup_iters.",
     )
 
@@ -160,17 +166,22 @@ def not_moving(run: Run) -> Finding | None:
         return Finding(
             "Loss does not move",
             int(steps[0]),
-            f"Training loss was {start:.3f} at step {steps[0]:,.0f} and is {now:.3f} at step {steps[-1]:,.0f}"
+            f"Training loss was {start:.3f} at step {steps[0]:,.0f} and is {now:.3f} at step "
+            f"{steps[-1]:,.0f}"
             f"{at_rate}.",
-            "Nothing is learned: check that --learning_rate is neither far too small nor so large that the "
-            "model broke at once (6e-4 suits 124M parameters); check the shards with fineweb.py --verify.",
+            "Nothing is learned: check that --learning_rate is neither far too small nor so "
+            "large that the "
+            "model broke at once (6e-4 suits 124M parameters); check the shards with fineweb.py "
+            "--verify.",
         )
     return Finding(
         "Loss does not move any more",
         int(steps[half]),
-        f"Training loss was {level:.3f} from step {steps[half]:,.0f} to {steps[last]:,.0f} and {now:.3f} "
+        f"Training loss was {level:.3f} from step {steps[half]:,.0f} to {steps[last]:,.0f} and "
+        f"{now:.3f} "
         f"from there to step {steps[-1]:,.0f}{at_rate}.",
-        "If the learning rate is at its floor, this run is done: a longer --lr_decay_iters, more text or a "
+        "If the learning rate is at its floor, this run is done: a longer --lr_decay_iters, more "
+        "text or a "
         "larger model would go lower. If it is not, try half and twice the --learning_rate.",
     )
 
@@ -196,10 +207,13 @@ def gradient_norm_growing(run: Run) -> Finding | None:
     return Finding(
         "Gradient norm grows",
         int(steps[begins]),
-        f"The gradient norm was about {least:.2f} around step {steps[parts[low]].mean():,.0f}, passed half "
-        f"as much again at step {steps[begins]:,.0f}, and is about {medians[-1]:.2f} at step {steps[-1]:,.0f}"
+        f"The gradient norm was about {least:.2f} around step {steps[parts[low]].mean():,.0f}, "
+        "passed half "
+        f"as much again at step {steps[begins]:,.0f}, and is about {medians[-1]:.2f} at step "
+        f"{steps[-1]:,.0f}"
         f"{f', above --grad_clip {clip:g}' if 0 < clip < medians[-1] else ''}.",
-        "It often grows before the loss spikes or while the model learns its text by heart: watch both "
+        "It often grows before the loss spikes or while the model learns its text by heart: "
+        "watch both "
         "losses. A lower --learning_rate or a higher --weight_decay holds it.",
     )
 
@@ -225,7 +239,8 @@ def throughput_dropping(run: Run) -> Finding | None:
         int(steps[begin]),
         f"From step {steps[begin]:,.0f} {until} it is {slow:,.0f} tokens/s instead of {usual:,.0f} "
         f"({slow / usual - 1:+.0%}).",
-        "Look for another process on the machine (nvidia-smi, top), a hot or throttled device, swapping, or "
+        "Look for another process on the machine (nvidia-smi, top), a hot or throttled device, "
+        "swapping, or "
         "shards on a slow disk.",
     )
 

@@ -24,7 +24,8 @@ from pretrain.report.findings import MIN_POINTS, Finding
 from pretrain.report.known import title
 from pretrain.report.runs import Record, Run, column, number, smooth, task_results
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script runs, nothing is loaded
+# No script runs, nothing is loaded.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 SAMPLED_STEPS = 12  # that the page shows samples of, first and last among them
 
 
@@ -95,8 +96,8 @@ def key_figures(run: Run) -> list[Figure]:
         Figure("Training loss", f"{loss[-1]:.4f}" if len(loss) else "–", "the last, smoothed")
     )
     for (task, scoring), results in task_results(run).items():
-        at, result = results[-1]
-        note = f"acc_norm at step {at:,}"
+        last_step, result = results[-1]
+        note = f"acc_norm at step {last_step:,}"
         if math.isfinite(count := number(result.get("n"))):
             note += f", {count:,.0f} examples"
         figures.append(
@@ -179,21 +180,23 @@ def _names_row(runs: list[Run]) -> str:
 def _findings(runs: list[Run], found: list[tuple[Run, Finding]]) -> str:
     cards = [
         f'<div class="card finding"><h3>{escape(finding.title)}</h3>'
-        f'<p class="soft">{f"{escape(run.name)}, " if len(runs) > 1 else ""}step {finding.step:,}</p>'
+        f'<p class="soft">{f"{escape(run.name)}, " if len(runs) > 1 else ""}'
+        f"step {finding.step:,}</p>"
         f"<p>{_prose(finding.text)}</p><p><b>What to try:</b> {_prose(finding.advice)}</p></div>"
         for run, finding in found
     ]
     if not cards:
         cards = [
-            '<div class="card healthy"><p>Nothing. Looked for: loss or gradients not finite, validation loss '
-            "rising while training loss falls, loss spikes, loss rising, loss not moving, gradient norm "
-            "growing, throughput dropping.</p></div>"
+            '<div class="card healthy"><p>Nothing. Looked for: loss or gradients not finite, '
+            "validation loss rising while training loss falls, loss spikes, loss rising, loss not "
+            "moving, gradient norm growing, throughput dropping.</p></div>"
         ]
     short = [run.name for run in runs if len(run.train) < MIN_POINTS]
     if short:
         names = f" in {escape(', '.join(short))}" if len(runs) > 1 else ""
         cards.append(
-            f'<p class="soft">Fewer than {MIN_POINTS} logged steps{names}: too few to judge trends.</p>'
+            f'<p class="soft">Fewer than {MIN_POINTS} logged steps{names}: too few to judge '
+            "trends.</p>"
         )
     return "".join(cards)
 
@@ -259,9 +262,9 @@ def _configuration(runs: list[Run]) -> str:
     for key in sorted(keys, key=lambda key: not key.startswith("flags.")):
         groups.setdefault(key.split(".")[0] if "." in key else "", []).append(key)
     head = _names_row(runs) if len(runs) > 1 else ""
-    tables = []
-    for group, keys in groups.items():
-        rows = "".join(_setting_row(runs, key, group) for key in keys)
+    tables: list[str] = []
+    for group, names in groups.items():
+        rows = "".join(_setting_row(runs, name, group) for name in names)
         opened = "" if tables else " open"
         summary = f"<summary>{escape(group) or 'all else'}</summary>"
         tables.append(

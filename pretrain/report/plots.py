@@ -9,7 +9,7 @@ numbers.
 
 import math
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from pretrain.report.drawing import (
     plain_log_ticks,
     run_colors,
     style,
+    whole,
 )
 from pretrain.report.known import KNOWN, MODELS, published, title
 from pretrain.report.runs import Run, column, number, smooth, smoothing_window, task_results
@@ -32,7 +33,7 @@ from pretrain.report.runs import Run, column, number, smooth, smoothing_window, 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DASHED = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3))}
+DASHED: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3))}
 
 
 def plots(runs: list[Run]) -> list[Plot]:
@@ -52,14 +53,14 @@ def plots(runs: list[Run]) -> list[Plot]:
         for name, heading, draw in kinds:
             axes = new_axes()
             if (caption := draw(axes, runs)) is not None:
-                drawn.append(Plot(name, heading, caption, axes.figure))
+                drawn.append(Plot(name, heading, caption, whole(axes)))
         for name, scoring in sorted({key for run in runs for key in task_results(run)}):
             axes = new_axes()
             caption = task(axes, runs, name, scoring)
             file = re.sub(r"[^A-Za-z0-9-]", "_", f"{name}-{scoring}")[:50]
             while any(plot.name == file for plot in drawn):  # two names that differ in a sign
                 file += "_"
-            drawn.append(Plot(file, f"{title(name)}, {scoring} style", caption, axes.figure))
+            drawn.append(Plot(file, f"{title(name)}, {scoring} style", caption, whole(axes)))
     return drawn
 
 

@@ -139,7 +139,7 @@ class Stopwatch:
 def provenance() -> dict[str, Any]:
     """What a run was made with: versions, the commit of this program and whether files differ from
     it."""
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("torch", "numpy"):
         try:
             versions[package] = importlib.metadata.version(package)
@@ -188,12 +188,15 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
             f" {model['n_head']} heads, width {model['n_embd']}, context {block_size}",
             f"data        {flags['data_dir']}: {setup['train_tokens']:,} tokens in"
             f" {setup['train_shards']} shard{'s' * (setup['train_shards'] != 1)}{unigram}",
-            f"batch       {setup['tokens_per_step']:,} tokens: {flags['batch_size']} sequences x {block_size}"
+            f"batch       {setup['tokens_per_step']:,} tokens: {flags['batch_size']} sequences x "
+            f"{block_size}"
             f" x {setup['micro_steps']} micro-steps x {setup['processes']} process(es)",
-            f"schedule    {flags['max_iters']:,} updates, {setup['max_tokens']:,} tokens, {epochs:.2f}"
+            f"schedule    {flags['max_iters']:,} updates, {setup['max_tokens']:,} tokens, "
+            f"{epochs:.2f}"
             f" epochs; learning rate {setup['last_learning_rate']:.1e} at the end",
             f"evaluation  {evaluated}",
-            f"device      {setup['device']}, {setup['dtype']}{', compiled' * setup['compiled']}, {peak}",
+            f"device      {setup['device']}, {setup['dtype']}{', compiled' * setup['compiled']}, "
+            f"{peak}",
             f"output      {flags['out_dir']}: {origin}",
         ]
     )

@@ -159,7 +159,8 @@ def test_lm_eval_style_makes_the_harness_texts():
     assert prompt(example(), "lm-eval") == ("Kite: A boy runs. The kite", GOOD["endings"])
     marked = example(
         activity_label="Home and Garden",
-        ctx_a="[header] How to fly [title] Find a hill. [step] A bare one is best. [substeps] No trees.",
+        ctx_a="[header] How to fly [title] Find a hill. [step] A bare one is best. "
+        "[substeps] No trees.",
         ctx_b="",
         endings=("[title] Run. [step] Into the wind.", " [step] Wait.", "a   b", "no [mark"),
     )

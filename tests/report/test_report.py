@@ -307,7 +307,8 @@ def test_a_place_that_cannot_be_written_to_is_one_clear_line(tmp_path, capsys):
 def test_the_command_needs_no_display_and_no_torch(tmp_path):
     folder = write_run(tmp_path / "run", healthy_run(30))
     code = (
-        "import sys; from pretrain.report import __main__ as report; code = report.main(sys.argv[1:]);"
+        "import sys; from pretrain.report import __main__ as report\n"
+        "code = report.main(sys.argv[1:]);"
         "sys.exit(code or 'torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     )
     env = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "MPLBACKEND": "TkAgg"}
