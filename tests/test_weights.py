@@ -546,7 +546,7 @@ def saved_bytes(content, **options):
     return file.getvalue()
 
 
-@fuzzed(100)
+@fuzzed(50)
 @given(data=st.data(), old_format=st.booleans())
 def test_any_bytes_of_a_checkpoint_are_read_or_refused(data, old_format, tmp_path_factory):
     content = {"model": {"transformer.wte.weight": torch.ones(2, 2)}, "model_config": SIZES}
@@ -556,7 +556,7 @@ def test_any_bytes_of_a_checkpoint_are_read_or_refused(data, old_format, tmp_pat
     only_user_errors(load_checkpoint, path)
 
 
-@fuzzed(100)
+@fuzzed(50)
 @given(data=st.data())
 def test_any_pickle_of_a_checkpoint_is_read_or_refused(data, tmp_path_factory):
     """The archive is whole and its checksums are right: what is odd is the pickle inside."""
@@ -580,7 +580,7 @@ values = st.recursive(
 )
 
 
-@fuzzed(100)
+@fuzzed(50)
 @given(
     config=st.dictionaries(
         st.sampled_from([*OTHERS, *layouts.IMPLEMENTED, "n_inner", "other"]), values
@@ -595,7 +595,7 @@ def test_any_configuration_is_taken_or_refused(config, sizes, tmp_path_factory):
     only_user_errors(load_checkpoint, folder / "a.pt")
 
 
-@fuzzed(100)
+@fuzzed(50)
 @given(data=st.data())
 def test_any_safetensors_file_is_read_or_refused(data, tmp_path_factory):
     from safetensors.torch import save
@@ -606,7 +606,7 @@ def test_any_safetensors_file_is_read_or_refused(data, tmp_path_factory):
     only_user_errors(GPT.from_pretrained, folder)
 
 
-@fuzzed(100)
+@fuzzed(50)
 @given(data=st.data())
 def test_any_model_file_of_llm_c_is_read_or_refused(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "model.bin"
