@@ -18,7 +18,6 @@ The update is in train(), inline. When to evaluate, log and save is pretrain/tra
 checkpoint holds is pretrain/train/state.py.
 Exit status: 0 finished, 1 stopped by an error, 2 the flags are wrong, 128 + n stopped by signal n.
 """
-# ruff: noqa: E402
 
 import sys
 
@@ -58,7 +57,12 @@ from pretrain.tokens.tokenizer import TokenizerUnavailable
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.keytokens import key_token_weights, load_key_tokens
-from pretrain.train.loader import ShardLoader, TokenWindows, verify_data
+from pretrain.train.loader import (
+    ShardLoader,
+    TokenWindows,
+    refuse_different_data,
+    verify_data,
+)
 from pretrain.train.optim import learning_rate, make_optimizer
 from pretrain.train.run import Measured, Run, describe
 from pretrain.train.state import TrainState, read_on_first
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = from_command_line(argv)
     if settings is None:
         return 2
-    with program("train_gpt2.py", is_speaker=lambda: os.environ.get("RANK", "0") == "0") as outcome:
+    with program("train_gpt2.py", is_speaker=distributed.is_first_rank) as outcome:
         ranks = Ranks.start(settings.device)
         try:
             outcome.status = train(settings, ranks)
@@ -235,13 +239,14 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[TrainSettings
     how many updates --epochs are."""
     settings, ranks = run.settings, run.ranks
     if settings.data:
-        is_builder = distributed.environment("LOCAL_RANK", 0) == 0
-        folder = prepare(settings.data, run.out_dir / "data", builder=is_builder)
+        folder = ranks.on_every_disk(prepare, settings.data, run.out_dir / "data")
         settings = replace(settings, data_dir=str(folder))
     # Each node may have a disk of its own: its processes share out what lies there.
-    local = distributed.environment("LOCAL_RANK", ranks.rank)
-    local_size = distributed.environment("LOCAL_WORLD_SIZE", ranks.world_size)
-    ranks.together(verify_data, settings.data_dir, settings.verify_data, local, local_size)
+    local = ranks.node_ranks.index(ranks.rank)
+    shares = (settings.verify_data, local, len(ranks.node_ranks))
+    ranks.together(verify_data, settings.data_dir, *shares)
+    fingerprints = ranks.gather(ranks.together(data_fingerprint, settings.data_dir))
+    ranks.together(refuse_different_data, settings.data_dir, fingerprints)
     loader = ShardLoader(
         find_shards(settings.data_dir, "train"),
         batch_size=settings.batch_size,
@@ -406,4 +411,4 @@ def wrapped(run: Run, model: GPT) -> tuple[nn.Module, bool]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.distributed import Ranks
@@ -88,58 +87,7 @@ def read_on_first(ranks: Ranks, read: Callable[[], dict[str, Any]]) -> dict[str,
     rank 0's disk is sure to hold the run, since nodes may have a disk each."""
     found: list[dict[str, Any]] = []
     ranks.on_first(lambda: found.append(read()))
-    return share(ranks, found[0] if found else {})
-
-
-def share(ranks: Ranks, content: dict[str, Any]) -> dict[str, Any]:
-    """Rank 0's `content`, dicts and lists of tensors on the CPU and plain values, on every rank."""
-    if ranks.world_size == 1:
-        return content
-    tensors: list[Tensor] = []
-
-    def take_out(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            tensors.append(value)
-            return _Place(len(tensors) - 1, tuple(value.shape), value.dtype)
-        if isinstance(value, dict):
-            return {key: take_out(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(take_out(inner) for inner in value)
-        return value
-
-    def put_back(value: Any) -> Any:
-        if isinstance(value, _Place):
-            return tensors[value.number]
-        if isinstance(value, dict):
-            return {key: put_back(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(put_back(inner) for inner in value)
-        return value
-
-    skeleton = ranks.broadcast(take_out(content) if ranks.is_first else None)
-    places = _places(skeleton)
-    if not ranks.is_first:
-        tensors = [torch.empty(place.shape, dtype=place.dtype) for place in places]
-    for tensor in tensors:
-        whole = tensor.contiguous()  # a view of a file's mapping is sent as it is
-        dist.broadcast(whole, src=0, group=ranks.control)
-    return content if ranks.is_first else put_back(skeleton)
-
-
-class _Place:
-    """Where a tensor was taken out."""
-
-    def __init__(self, number: int, shape: tuple[int, ...], dtype: torch.dtype):
-        self.number, self.shape, self.dtype = number, shape, dtype
-
-
-def _places(value: Any) -> list[_Place]:
-    if isinstance(value, _Place):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value
-    if isinstance(value, dict | list | tuple):
-        return [place for one in inner for place in _places(one)]
-    return []
+    return ranks.broadcast_state(found[0] if found else {})
 
 
 def source_of(model: nn.Module) -> dict[str, str]:
