@@ -110,11 +110,14 @@ def run(args: argparse.Namespace) -> None:
     """Load, score, print and write."""
     try:
         check_outputs(args.output, args.per_example)
-        data, examples = load_data(args, progress=is_speaker())
+        # What is here comes first, so that its mistakes are not said after minutes of a download.
+        examples = load_examples(args.data, args.limit) if args.data else []
 
         from pretrain.eval.loading import open_model, user_errors
 
         model, about = open_model(args.checkpoint, args.model, any_tokenizer=args.any_tokenizer)
+        data = args.data or download(args.split)
+        examples = examples or load_examples(data, args.limit)
     except UserError as error:
         error.on_all_ranks = True  # of this machine: one of them says so
         raise
@@ -171,13 +174,12 @@ def check_outputs(*paths: Path | None) -> None:
             raise HellaSwagError(f"{file}: is a folder, or is in none that exists")
 
 
-def load_data(args: argparse.Namespace, *, progress: bool) -> tuple[Path, list[Example]]:
-    """The file that --data or --split names, and its examples. Raises HellaSwagError."""
+def download(split: str) -> Path:
+    """The published file of a split. Raises DataUnavailable."""
     try:
-        path = args.data or ensure_data(args.split, progress=progress)
+        return ensure_data(split, progress=is_speaker())
     except DataUnavailable as error:
         raise DataUnavailable(f"{error}; a copy from elsewhere can be named with --data") from None
-    return path, load_examples(path, args.limit)
 
 
 def is_speaker() -> bool:

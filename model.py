@@ -1,31 +1,35 @@
 """GPT-2 as published: the model, its loss, and its weights from files.
 
-    model = GPT(GPTConfig())                     # 124M parameters; GPT.from_pretrained("gpt2") is
-    OpenAI's _, loss = model(x, y)                        # x, y int64 (B, T)
-    model, checkpoint = load_checkpoint("checkpoints/best_val_loss.pt")
+    model = GPT(GPTConfig())                             # 124M parameters, initialized
+    _, loss = model(x, y)                                # x, y int64 (B, T)
+    model = GPT.from_pretrained("gpt2")                  # OpenAI's weights
+    model, checkpoint = load_checkpoint("checkpoints")   # the best checkpoint of a run
     tokens = model.generate(x, max_new_tokens=50, temperature=0.8, top_k=50, seed=1)
 
 Architecture: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019); checked
-against transformers.GPT2LMHeadModel in tests/test_model.py. Token embedding and output head are one
-matrix. Its rows are padded to a multiple of 128 for the matrix units; rows past vocab_size are
-zeros, take no part in the softmax, get no gradient, are never sampled and never exported.
+against transformers.GPT2LMHeadModel in tests/test_model.py. Where it differs from the version of
+Karpathy's lecture, a comment says why. pretrain/ops.py holds what makes it quick on a processor:
+Linear and linear compute what nn.Linear does, linear_cross_entropy what F.cross_entropy does of
+the logits, score_head the same without gradients.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.errors import UserError
+from pretrain.ops import Linear, linear, linear_cross_entropy, score_head
 
-class CheckpointError(RuntimeError):
-    """A file, folder or name from which no model can be made; the message is one line for the
-    user."""
+
+class CheckpointError(UserError):
+    """A file, folder or name from which no model can be made; the message is for the user."""
 
 
 @dataclass
@@ -48,6 +52,9 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
+        """Rows of the embedding: a multiple of 128, which matrix units like (50,304 instead of
+        50,257). Further rows are zeros, take no part in the softmax, get no gradient, are never
+        sampled and never exported: the model is GPT-2's exactly."""
         return -(-self.vocab_size // 128) * 128
 
 
@@ -72,36 +79,6 @@ class KVCache:
         return keys, values
 
 
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. With 1 to 4 rows in float32 on a CPU, that is in generation, MKL (2024.2) is
-    single-threaded or slow: as a batch of two halves of the weight the product is 2 to 6 times as
-    fast."""
-    rows = x.numel() // x.size(-1)
-    if (
-        not 0 < rows <= 4
-        or len(weight) % 2
-        or torch.is_grad_enabled()
-        or x.device.type != "cpu"
-        or x.dtype != torch.float32
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-    ):
-        return F.linear(x, weight, bias)
-    columns = x.reshape(rows, -1).t().expand(2, -1, -1)
-    y = (
-        torch.bmm(weight.unflatten(0, (2, -1)), columns)
-        .flatten(0, 1)
-        .t()
-        .reshape(*x.shape[:-1], -1)
-    )
-    return y if bias is None else y + bias
-
-
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -119,28 +96,27 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
         causal = mask is None and T > 1  # a single query comes after all keys
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, causal
-        )  # (B, n_head, T, head_dim)
+        # FlashAttention where there is one: the (T, T) weights never exist in memory.
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
-    """In training GELU is computed again in backward: 2 % of the time on a CPU for a fifth of the
-    memory."""
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.c_fc(x)
+        h = self.c_fc(x)  # (B, T, 4 * n_embd)
+        # Not in the lecture: GELU's output is not kept for the backward pass but computed again,
+        # 2 % of the time on a CPU for a fifth of the memory.
         if self.training and torch.is_grad_enabled():
             return checkpoint(self.project, h, use_reentrant=False, preserve_rng_state=False)
         return self.project(h)
 
     def project(self, h: Tensor) -> Tensor:
+        # OpenAI trained with the tanh approximation: the exact GELU would be another model.
         return self.c_proj(F.gelu(h, approximate="tanh"))
 
 
@@ -165,14 +141,15 @@ class GPT(nn.Module):
     `gradient_checkpointing` set, blocks compute their activations again in the backward pass
     instead of keeping them: the same gradients with less memory."""
 
+    transformer: Any  # nn.ModuleDict, whose attributes type checkers do not know
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
         device = torch.get_default_device()
-        with torch.device(
-            "meta"
-        ):  # without torch's own initialisation: every number drawn is drawn below
+        # Without torch's own initialization: every number that is drawn is drawn below.
+        with torch.device("meta"):
             self.transformer = nn.ModuleDict(
                 {
                     "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
@@ -193,10 +170,11 @@ class GPT(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
+            # Each block adds to the residual twice: its variance would grow with the depth.
             narrower = math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1.0
-            parameter[: self.config.vocab_size if "wte" in name else None].normal_(
-                0.0, 0.02 / narrower
-            )
+            # Padding draws no numbers, so that a seed gives the same weights however wide it is.
+            rows = self.config.vocab_size if "wte" in name else None
+            parameter[:rows].normal_(0.0, 0.02 / narrower)
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
     @property
@@ -244,7 +222,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., n_embd) -> (..., vocab_size)."""
+        """(..., n_embd) -> (..., vocab_size). The output head is the token embedding."""
         return linear(hidden, self.transformer.wte.weight)[..., : self.config.vocab_size]
 
     def forward(
@@ -264,6 +242,8 @@ class GPT(nn.Module):
         if weights is not None:
             weights = weights.view(len(idx), -1).expand(idx.shape).reshape(-1)
         hidden, targets, wte = hidden.flatten(0, 1), targets.flatten(), self.transformer.wte.weight
+        # Not in the lecture: logits exist for some rows at a time, not for the whole batch, where
+        # they would be the largest thing in memory (16 x 1024 tokens: 3.3 GB in float32).
         return None, linear_cross_entropy(hidden, wte, targets, self.config.vocab_size, weights)
 
     @torch.no_grad()
@@ -272,7 +252,7 @@ class GPT(nn.Module):
         number of targets that were the likeliest token, number of targets. Negative targets do not
         count."""
         hidden, targets = self.hidden_states(idx).flatten(0, 1), targets.flatten()
-        losses, likeliest = _head(
+        losses, likeliest = score_head(
             hidden, self.transformer.wte.weight, targets, self.config.vocab_size
         )
         return losses.sum(), (likeliest == targets).sum(), (targets >= 0).sum()
@@ -315,188 +295,37 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, dropout: float = 0.0) -> "GPT":
         """GPT-2 in the layout of Hugging Face, in eval mode on the CPU: "gpt2", "gpt2-medium",
-        "gpt2-large", "gpt2-xl", another GPT-2 on the hub, or a folder with config.json and
-        model.safetensors or pytorch_model.bin.
+        "gpt2-large", "gpt2-xl", another GPT-2 on the hub, or a folder with config.json and weights;
+        also what load_checkpoint takes.
 
         Raises CheckpointError: no such name, no network, a damaged file, a model that differs from
-        GPT-2.
+        GPT-2. Raises OSError: a file that cannot be read.
         """
-        from pretrain import weights
+        from pretrain import models
 
-        try:
-            config, state = weights.read_huggingface(name_or_folder)
-            return _build(GPTConfig(**config, dropout=dropout), state)
-        except ValueError as error:
-            raise CheckpointError(f"{name_or_folder}: {error}") from None
+        return models.from_pretrained(name_or_folder, dropout)
 
     def huggingface_state_dict(self) -> dict[str, Tensor]:
         """The weights as transformers.GPT2LMHeadModel names and orients them, without padding rows;
         biases that this model does not have are zeros. lm_head.weight shares its memory with the
         embedding."""
-        from pretrain import weights
+        from pretrain import layouts
 
-        return weights.to_huggingface(self.state_dict(), self.config.vocab_size)
+        return layouts.to_huggingface(self.state_dict(), self.config.vocab_size)
 
 
 def load_checkpoint(
     path: str | Path, device: str | torch.device = "cpu"
-) -> tuple[GPT, dict[str, Any]]:
-    """A checkpoint of train_gpt2.py as (model in eval mode on `device`, the checkpoint).
+) -> tuple[Any, dict[str, Any]]:
+    """A checkpoint of train_gpt2.py as (model in eval mode on `device`, the checkpoint): a GPT, or
+    the architecture that it names. path: a file, or the folder of a run (its best checkpoint).
 
-    The checkpoint's tensors are on the CPU, mapped from the file. Others' files do as well, if they
-    are dicts with "model" and "model_config" (nanoGPT: "model_args"); the prefixes of DDP and
-    torch.compile are taken off. Nothing in the file is executed. Raises CheckpointError: file
-    missing, damaged, hostile or of another kind.
+    The checkpoint's tensors are on the CPU, mapped from the file. Others' files do as well: of
+    nanoGPT, build-nanogpt and llm.c, a bare state dict; prefixes of DDP and torch.compile go.
+    Nothing in the file is executed. Raises CheckpointError: file missing, damaged, hostile or of
+    another kind; OSError: a file that cannot be read.
     """
-    from pretrain import weights
+    from pretrain import models
 
-    try:
-        saved = weights.read(path)
-        kind = saved if isinstance(saved, dict) else {}
-        config, state = kind.get("model_config", kind.get("model_args")), kind.get("model")
-        if not isinstance(config, dict) or not isinstance(state, dict):
-            raise ValueError("not a checkpoint of train_gpt2.py (no model and model_config in it)")
-        try:
-            config = GPTConfig(**config)
-        except TypeError as error:
-            raise ValueError(f"its model_config does not describe a GPT: {error}") from None
-        return _build(config, weights.without_wrappers(state)).to(device), saved
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def _build(config: GPTConfig, state: Mapping[str, Tensor]) -> GPT:
-    """A model in eval mode with these weights, on the CPU. Raises ValueError when they do not
-    fit."""
-    state = dict(state)
-    wte, head = state.get("transformer.wte.weight"), state.pop("lm_head.weight", None)
-    if wte is None:
-        raise ValueError("no transformer.wte.weight in it")
-    if head is not None and not torch.equal(head, wte):
-        raise ValueError("its output head is not its embedding, as in GPT-2")
-    if len(wte) == config.vocab_size:
-        state["transformer.wte.weight"] = F.pad(wte, (0, 0, 0, config.padded_vocab_size - len(wte)))
-    with torch.device("meta"):
-        model = GPT(config)
-    try:
-        model.to_empty(device="cpu").load_state_dict(state)
-    except RuntimeError as error:
-        first_problem = str(error).split("\n\t")[1]
-        raise ValueError(f"its weights do not fit its configuration: {first_problem}") from None
-    return model.eval()
-
-
-# The output head
-# --------------------------------------------------------------------------------------------
-
-
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, weights: Tensor | None = None
-) -> Tensor:
-    """Mean cross entropy of the logits hidden @ weight[:vocab_size].T, a part of which exists at a
-    time.
-
-    hidden (N, C), weight (padded vocabulary, C), targets int64 (N,). Value, float32, and gradients
-    are those of F.cross_entropy, NaN included where every target is negative. weights (N,): as in
-    GPT.forward.
-    """
-    counted = targets >= 0
-    weights = counted.float() if weights is None else counted * weights
-    if torch.is_grad_enabled():
-        total = _SummedCrossEntropy.apply(hidden, weight, targets.clamp(min=0), weights, vocab_size)
-    else:
-        losses, _ = _head(hidden, weight, targets, vocab_size)
-        total = (losses * weights).sum()
-    return total / counted.sum()
-
-
-class _Parts(NamedTuple):
-    """How much of the output head is computed at a time."""
-
-    rows: int  # of logits in memory
-    softmax_rows: int  # of them taken through the softmax
-    vocab: int  # rows of the weight's gradient
-
-    @classmethod
-    def on(cls, device: str) -> "_Parts":
-        if device != "cpu":
-            return cls(8192, 8192 if torch.compiler.is_compiling() else 2048, 1 << 30)
-        if torch.compiler.is_compiling():
-            return cls(512, 512, 1 << 30)
-        return cls(512, 8, 4096)  # so that intermediate results stay in the processor's caches
-
-
-class _SummedCrossEntropy(torch.autograd.Function):
-    """sum_i weights_i * cross_entropy(hidden_i @ weight.T, targets_i).
-
-    The gradient of a chunk's logits, softmax - one_hot, is formed while they exist, which leaves
-    backward with a product with a scalar. Entries are of order 1 whatever the loss scale, so
-    float16 holds them.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, vocab_size):  # noqa: PLR0917
-        device = hidden.device.type
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        )
-        parts = _Parts.on(device)
-        losses, d_hidden, d_weight = (
-            torch.empty_like(weights),
-            torch.empty_like(hidden),
-            torch.zeros_like(weight),
-        )
-        w = weight.to(dtype)
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(hidden), parts.rows):
-                rows = slice(start, start + parts.rows)
-                h, scale = hidden[rows].to(dtype), weights[rows, None]
-                logits = h @ w.t()
-                split = (t.split(parts.softmax_rows) for t in (logits, targets[rows], losses[rows]))
-                for some, target, loss in zip(*split, strict=True):
-                    loss.copy_(_logits_to_gradient(some, target, vocab_size))
-                d_hidden[rows] = (logits @ w) * scale
-                h = (h * scale).to(dtype)
-                split = (d_weight.split(parts.vocab), logits.split(parts.vocab, dim=1))
-                for d, d_logits in zip(*split, strict=True):
-                    d += d_logits.t() @ h
-        ctx.save_for_backward(d_hidden, d_weight)
-        return (losses * weights).sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        d_hidden, d_weight = ctx.saved_tensors  # scaled in place: they are as large as the weights
-        return d_hidden.mul_(grad), d_weight.mul_(grad), None, None, None
-
-
-def _logits_to_gradient(logits: Tensor, target: Tensor, vocab_size: int) -> Tensor:
-    """Losses (rows,) of logits (rows, padded vocabulary), which become softmax - one_hot in
-    place."""
-    logits[:, vocab_size:] = -torch.inf
-    target = target[:, None]
-    x = logits.float()
-    top, at_target = x.amax(1, keepdim=True), x.gather(1, target)
-    probs = x.softmax(1)
-    # log p of the target by way of the likeliest token, whose probability does not underflow: one
-    # exp per logit, where log_softmax and its exp take two.
-    log_p = at_target - top + probs.amax(1, keepdim=True).log()
-    logits.copy_(probs)
-    logits.scatter_(1, target, log_p.expm1().to(logits.dtype))  # p - 1, exact where p is near 1
-    return -log_p[:, 0]
-
-
-def _head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
-) -> tuple[Tensor, Tensor]:
-    """Losses, float32 (N,), 0 at negative targets, and the likeliest tokens (N,); no gradients."""
-    parts = _Parts.on(hidden.device.type)
-    losses, likeliest = [], []
-    for h, target in zip(hidden.split(parts.rows), targets.split(parts.rows), strict=True):
-        logits = F.linear(h, weight)[:, :vocab_size]
-        split = (logits.split(parts.softmax_rows), target.clamp(min=-1).split(parts.softmax_rows))
-        for some, t in zip(*split, strict=True):
-            x = some.float()
-            losses.append(F.cross_entropy(x, t, ignore_index=-1, reduction="none"))
-            likeliest.append(x.argmax(1))
-    return torch.cat(losses), torch.cat(likeliest)
+    model, saved = models.load(path)
+    return model.to(device), saved

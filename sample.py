@@ -10,6 +10,7 @@ Several texts are separated by a line <|endoftext|>, as in the files that finewe
 
 import argparse
 import contextlib
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -124,6 +125,8 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_or_exit(build_parser(), argv)
     with program("sample.py") as outcome:
+        if sys.stdin is None:  # closed by the shell
+            sys.stdin = open(os.devnull)  # noqa: SIM115
         with contextlib.suppress(AttributeError, ValueError):
             sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         try:

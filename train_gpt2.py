@@ -22,16 +22,14 @@ Exit status: 0 finished, 1 stopped by an error, 2 the flags are wrong, 128 + n s
 import sys
 
 from pretrain.errors import program, say
+from pretrain.rendezvous import is_first_rank
 from pretrain.train.settings import SettingsError, TrainSettings, from_command_line, with_length
 
 # Torch takes seconds to load: --help and wrong flags are answered before it is.
 if __name__ == "__main__" and from_command_line(None) is None:
     sys.exit(2)
 
-import logging
 import math
-import os
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -43,17 +41,15 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hellaswag import Example, HellaSwagError, ensure_data, load_examples
-from hellaswag import evaluate as score_endings
 from model import GPT, GPTConfig, load_checkpoint
-from pretrain import distributed
+from pretrain import distributed, models
 from pretrain.distributed import Ranks, seed_dropout
 from pretrain.eval import validation
 from pretrain.eval.sampling import TrainingSamples
+from pretrain.eval.tasks import HellaSwag, Task
 from pretrain.report.runlog import scores_block
 from pretrain.tokens.owntext import prepare
 from pretrain.tokens.shards import data_fingerprint, find_shards
-from pretrain.tokens.tokenizer import TokenizerUnavailable
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.keytokens import key_token_weights, load_key_tokens
@@ -67,6 +63,7 @@ from pretrain.train.optim import learning_rate, make_optimizer
 from pretrain.train.run import Measured, Run, describe
 from pretrain.train.state import TrainState, read_on_first
 from pretrain.train.stopping import FiniteGuard
+from pretrain.weights import Damaged
 
 __all__ = ["checkpoints", "load_checkpoint", "main"]
 Windows = dict[str, tuple[TokenWindows, np.ndarray]]
@@ -76,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = from_command_line(argv)
     if settings is None:
         return 2
-    with program("train_gpt2.py", is_speaker=distributed.is_first_rank) as outcome:
+    with program("train_gpt2.py", is_speaker=is_first_rank) as outcome:
         ranks = Ranks.start(settings.device)
         try:
             outcome.status = train(settings, ranks)
@@ -102,7 +99,7 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
         measure = evaluation(run, model, windows, dtype, autocast)
         if settings.eval_only:
             scores, tasks = measure()
-            run.say(f"{run.path or settings.init_from}\n{scores_block(scores, **tasks)}")
+            run.say(f"{run.path or settings.init_from}\n{scores_block(scores, tasks)}")
             return 0
         optimizer = make_optimizer(
             model,
@@ -126,11 +123,11 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
         # Open the run: where it goes on, and what is about to happen.
         state = TrainState(model, optimizer, scaler)
         identity = identity_of(settings, model, loader)
-        run.restore(settings, state, identity)
+        run.restore(settings, state, identity, models.architecture_of(model))
         if run.was_finished():
             return 0
         forward, is_compiled = wrapped(run, model)
-        setup = describe(settings, model, loader, identity, ranks, dtype) | {
+        setup = describe(settings, model, loader, identity=identity, ranks=ranks, dtype=dtype) | {
             "compiled": is_compiled,
             "last_learning_rate": rate(settings.max_iters - 1),
             "evaluated_windows": {name: len(numbers) for name, (_, numbers) in windows.items()},
@@ -186,13 +183,15 @@ def initial_model(run: Run) -> tuple[GPT, int]:
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     if run.saved:
-        where, weights = str(run.path), run.saved
+        model = ranks.together(build_model, settings, run.saved, str(run.path))
     elif settings.init_from != "scratch":
-        where = settings.init_from
         weights = read_on_first(ranks, lambda: read_weights(settings))
+        model = ranks.together(build_model, settings, weights, settings.init_from)
     else:
-        where, weights = "", None
-    model = ranks.together(build_model, settings, weights, where).to(ranks.device)
+        sizes = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
+        config = GPTConfig(**{name: getattr(settings, name) for name in sizes})
+        model = ranks.together(GPT, config)
+    model = model.train().to(ranks.device)
     model.gradient_checkpointing = settings.gradient_checkpointing
     asked = "block_size" in settings.asked_sizes
     return model, settings.block_size if asked else model.config.block_size
@@ -202,36 +201,33 @@ def read_weights(settings: TrainSettings) -> dict[str, Any]:
     """The weights that --init_from names. Raises CheckpointError where flags ask for other
     sizes."""
     name = settings.init_from
-    loaded = load_checkpoint(name)[0] if os.path.isfile(name) else GPT.from_pretrained(name)
+    loaded = models.from_pretrained(name)
     config = loaded.config
     wrong = [
         f"--{size} {getattr(settings, size)}"
         for size in sorted(settings.asked_sizes - {"block_size"})
-        if getattr(settings, size) != getattr(config, size)
+        if getattr(settings, size) != getattr(config, size, None)
     ]
     if "block_size" in settings.asked_sizes and settings.block_size > config.block_size:
         wrong.append(f"--block_size {settings.block_size}")
     if wrong:
         raise CheckpointError(f"{name} has {config}: leave out {', '.join(wrong)}")
-    return {"model_config": asdict(config), "model": loaded.state_dict()}
+    return {
+        "architecture": models.architecture_of(loaded),
+        "model_config": asdict(config),
+        "model": loaded.state_dict(),
+    }
 
 
-def build_model(settings: TrainSettings, weights: dict[str, Any] | None, where: str) -> GPT:
-    """A new model, or one with these weights and sizes, which came from `where`."""
-    if weights is None:
-        names = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
-        return GPT(GPTConfig(**{name: getattr(settings, name) for name in names}))
+def build_model(settings: TrainSettings, weights: dict[str, Any], where: str) -> GPT:
+    """A model with the weights and sizes of a checkpoint, which came from `where`."""
+    config = dict(weights.get("model_config") or {})
+    if "dropout" in config:
+        config["dropout"] = settings.dropout
     try:
-        config = replace(GPTConfig(**weights["model_config"]), dropout=settings.dropout)
-        last_block = f"transformer.h.{config.n_layer - 1}.ln_1.weight"
-        if last_block not in weights["model"]:
-            raise ValueError(f"{config.n_layer} layers in its configuration, not in its weights")
-        model = GPT(config)
-        model.load_state_dict(weights["model"])
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{where}: its weights do not fit its sizes: {reason}") from None
-    return model
+        return models.build(weights.get("architecture", "gpt2"), config, weights.get("model") or {})
+    except Damaged as error:
+        raise CheckpointError(f"{where}: {error}") from None
 
 
 def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[TrainSettings, ShardLoader]:
@@ -242,9 +238,9 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[TrainSettings
         folder = ranks.on_every_disk(prepare, settings.data, run.out_dir / "data")
         settings = replace(settings, data_dir=str(folder))
     # Each node may have a disk of its own: its processes share out what lies there.
-    local = ranks.node_ranks.index(ranks.rank)
-    shares = (settings.verify_data, local, len(ranks.node_ranks))
-    ranks.together(verify_data, settings.data_dir, *shares)
+    here = ranks.node_ranks
+    place, count = here.index(ranks.rank), len(here)
+    ranks.together(verify_data, settings.data_dir, settings.verify_data, place, count)
     fingerprints = ranks.gather(ranks.together(data_fingerprint, settings.data_dir))
     ranks.together(refuse_different_data, settings.data_dir, fingerprints)
     loader = ShardLoader(
@@ -265,7 +261,8 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[TrainSettings
 
 def identity_of(settings: TrainSettings, model: GPT, loader: ShardLoader) -> dict[str, Any]:
     """What no part of a run may change."""
-    sizes = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd", "bias")}
+    names = ("n_layer", "n_head", "n_embd", "bias")
+    sizes = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
     asked = {name: getattr(settings, name) for name in sizes if name in settings.asked_sizes}
     windows = loader.windows
     return {
@@ -278,63 +275,6 @@ def identity_of(settings: TrainSettings, model: GPT, loader: ShardLoader) -> dic
         "seed": settings.seed,
         "shuffle": settings.shuffle,
     }
-
-
-class HellaSwag:
-    """HellaSwag at evaluations, from the moment its data is at hand: a download goes on beside the
-    training, and whatever goes wrong is one warning."""
-
-    name = "hellaswag"
-
-    def __init__(
-        self, ranks: Ranks, file: str | None, limit: int | None, wait_seconds: float | None
-    ):
-        """file: the data; None: the published file, downloaded if need be. wait_seconds: for it, at
-        most."""
-        self.ranks, self.limit = ranks, limit
-        self._path: str | None = None
-        self._problem: str | None = None
-        self._examples: list[Example] | None = None
-        if ranks.is_first:
-            thread = threading.Thread(target=self._find, args=(file,), daemon=True)
-            thread.start()
-            thread.join(wait_seconds)
-
-    def _find(self, file: str | None) -> None:
-        logging.getLogger("pretrain.text.remote").setLevel(
-            logging.ERROR
-        )  # its retries are not for this console
-        try:
-            self._path = str(file or ensure_data())
-        except Exception as error:
-            self._problem = str(error)
-
-    def score(
-        self, model: GPT, *, dtype: torch.dtype, ranks: Ranks, interrupted: Callable[[], bool]
-    ) -> dict | None:
-        """The summary of a Result, on every rank; None when there is none (yet)."""
-        path, self._problem = self.ranks.broadcast((self._path, self._problem))
-        if self._problem is None and path:
-            try:
-                self._examples = self._examples or self.ranks.together(
-                    load_examples, path, self.limit
-                )
-                result = score_endings(
-                    model,
-                    self._examples,
-                    dtype=dtype,
-                    interrupted=interrupted,
-                    rank=self.ranks.rank,
-                    world_size=self.ranks.world_size,
-                    group=self.ranks.control,
-                )
-                return result and result.summary()
-            except (HellaSwagError, TokenizerUnavailable) as error:
-                self._problem = str(error)
-        if self._problem and self.ranks.is_first:
-            print(f"warning: HellaSwag is left out: {self._problem}", file=sys.stderr)
-        self._path, self._problem = None, None  # said once
-        return None
 
 
 def evaluated_windows(settings: TrainSettings, loader: ShardLoader, vocab_size: int) -> Windows:
@@ -356,12 +296,12 @@ def evaluation(
     """A function that measures the model as it is then. It uses `model`, which is neither compiled
     nor wrapped: the same weights, and any shape."""
     settings, ranks = run.settings, run.ranks
-    tasks = []
-    if settings.hellaswag:
+    tasks: list[Task] = []
+    if sets and settings.hellaswag:
         is_chosen = "hellaswag_limit" in settings.given or ranks.device.type == "cuda"
         limit = settings.hellaswag_limit if is_chosen else 200
         wait = None if settings.eval_only else 2.0
-        tasks.append(HellaSwag(ranks, settings.hellaswag_data, limit, wait_seconds=wait))
+        tasks.append(HellaSwag(settings.hellaswag_data, limit, wait_seconds=wait))
 
     def measure() -> Measured:
         is_set = run.stop.is_set

@@ -30,13 +30,11 @@ from pretrain.rendezvous import (
     Watch,
     environment,
     hang_seconds,
-    is_first_rank,
     meeting_point,
     name_those_who_hang,
     start_seconds,
 )
 
-__all__ = ["DeviceError", "Ranks", "environment", "is_first_rank"]  # and what describes a device
 LONG = timedelta(days=7)  # for what one rank does while others wait: a Watch knows better
 
 
@@ -301,15 +299,13 @@ class Ranks:
             raise error
         return result
 
-    def on_each_node(self, function: Callable, *arguments: Any) -> Any:
-        """function(*arguments), called by the first rank of each machine, for as long as it takes:
-        its result on the ranks of that machine, or what the first to fail raises, on all."""
-        firsts = sorted({self.nodes.index(node) for node in self.nodes})
-        return self._results_of(firsts, function, arguments)[self.node_ranks[0]]
-
     def on_every_disk(self, function: Callable, *arguments: Any) -> Any:
-        """Like on_each_node, but rank 0 goes first and the others follow when it is done: on a disk
-        that machines share they find what it has left there, on one of their own they do it too."""
+        """function(*arguments), called by the first rank of each machine, for as long as it takes:
+        its result on the ranks of that machine, or what the first to fail raises, on all.
+
+        Rank 0 goes first and the other machines follow when it is done: on a disk that all share
+        they find what it has left there, on one of their own they do it too.
+        """
         here = self._results_of([0], function, arguments)[0]
         others = sorted({self.nodes.index(node) for node in self.nodes} - {0})
         results = self._results_of(others, function, arguments) if others else {}
@@ -334,8 +330,7 @@ class Ranks:
 
     def broadcast_state(self, state: Any) -> Any:
         """Rank 0's nested dicts and lists of tensors and plain values, on every rank, with the
-        tensors on the CPU. Tensors travel as they are, one after the other: nothing is pickled, and
-        nothing is in memory twice. Other ranks' state is not looked at."""
+        tensors on the CPU. Tensors travel as they are, one by one, and are in memory once."""
         tensors: list[Tensor] = []
         sent = self.broadcast(_take_tensors(state, tensors) if self.is_first else None)
         if self.world_size == 1:
@@ -381,8 +376,7 @@ class _Sent:
 
 
 def _take_tensors(state: Any, tensors: list[Tensor]) -> Any:
-    """The state with a _Sent for each tensor; the tensors, on the CPU and contiguous, in this
-    order."""
+    """The state with a _Sent for each tensor; the tensors, in this order, go to `tensors`."""
     if isinstance(state, Tensor):
         tensors.append(state.detach().cpu().contiguous())
         return _Sent(tuple(state.shape), state.dtype)
@@ -394,8 +388,7 @@ def _take_tensors(state: Any, tensors: list[Tensor]) -> Any:
 
 
 def _put_tensors(sent: Any, tensors: list[Tensor]) -> Any:
-    """The state with an empty tensor for each _Sent; they are appended to `tensors`, in the order
-    of _take_tensors."""
+    """The state with an empty tensor for each _Sent; they go to `tensors` in the same order."""
     if isinstance(sent, _Sent):
         tensors.append(torch.empty(sent.shape, dtype=sent.dtype))
         return tensors[-1]

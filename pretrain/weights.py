@@ -1,195 +1,264 @@
-"""Weights from files: safely read, and translated between Hugging Face's GPT-2 and model.py.
+"""Weights from files: the only place where a saved or foreign file is opened, safely.
 
-Both name parameters as OpenAI did. Hugging Face keeps the four matrices of a block as (in, out),
-Conv1D, where torch's Linear has (out, in). One of them is square and would load in either
-orientation.
+    saved = read("checkpoints/best_val_loss.pt")        # a dict of tensors and plain values
 
-Raises ValueError throughout; the message lacks the name of the file or model, which the caller
-knows.
+Nothing from a file is executed, and no file costs more than its size says: what it declares is
+compared with what it holds before anything is made of it. Damaged is raised for what a file holds;
+its message lacks the file's name, which the caller knows. What the system says about a file
+(OSError) is passed on as it is: a file that cannot be read is not damaged.
 """
 
+import errno
+import inspect
+import io
 import json
+import os
 import pickle
+import pickletools
+import re
+import stat
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pretrain.errors import UserError
+from pretrain import files
+from pretrain.errors import UserError, first_line
 
-SAFETENSORS, SHARDS, PICKLE = (
+BEST, FINAL = "best_val_loss.pt", "final_model.pt"  # in the folder of a run
+SAFETENSORS, SHARDS, PICKLE, PICKLES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# What model.py implements; other values in a config.json would be other models.
-IMPLEMENTED = {
-    "model_type": ["gpt2"],
-    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-    "layer_norm_epsilon": [1e-5],
-    "scale_attn_weights": [True],
-    "scale_attn_by_inverse_layer_idx": [False],
-    "add_cross_attention": [False],
-    "tie_word_embeddings": [True],
+MAX_PICKLE_BYTES = 8 << 20  # beside the tensors; that of GPT-2 XL with its optimizer has 0.2 MB
+MAX_JSON_BYTES = 4 << 20
+# What torch.save writes for tensors and plain values. torch would admit more, for instance
+# bytearray, of which 30 bytes in a file make 3 GB in memory.
+PLAIN = re.compile(
+    r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)"
+    r"|torch\.((?!Untyped|Typed)[A-Z]\w*Storage|b?float\d+|u?int\d+|bool|Size|device)"
+    r"|(builtins|__builtin__)\.(set|complex)"
+)
+NUMPY = re.compile(r"numpy\.(_?core\.multiarray\.scalar|dtype)|_codecs\.encode")
+NUMPY_FORMATS = {"f8": "d", "f4": "f", "f2": "e", "b1": "?", "i8": "q", "i4": "i", "i2": "h"} | {
+    "i1": "b",
+    "u8": "Q",
+    "u4": "I",
+    "u2": "H",
+    "u1": "B",
 }
-SIZES = {"n_positions": "block_size"} | {
-    name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")
-}
+CONFIG = re.compile(r"[\w.]+\.GPTConfig")  # build-nanogpt pickles its configuration
 
 
 class Damaged(UserError, ValueError):
     """What a file holds is no good; the message lacks its name."""
 
 
-def read(path: str | Path, *, verify: bool = True) -> Any:
-    """torch.load on the CPU that executes nothing from the file; tensors are mapped from it.
-
-    verify: compare the checksums that torch.save stored (1 to 2 GB/s): torch.load alone does not
-    notice a flipped bit. Raises Damaged for what the file holds, OSError for what the system says.
-    """
+def model_file(path: str | Path) -> Path:
+    """The file to read when somebody names this path: itself, or in the folder of a run its best
+    checkpoint, else its last. Raises Damaged when neither is there."""
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            file.read(1)  # zipfile and torch would take what the system says for damage
-            if is_zip := zipfile.is_zipfile(file):  # torch.save's format since 1.6
-                with zipfile.ZipFile(file) as archive:
-                    if verify and (damaged := archive.testzip()):
-                        raise Damaged(f"damaged: {damaged} fails its checksum")
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in (BEST, FINAL) if (path / name).is_file()), None)
+    if found is None:
+        raise Damaged(f"no such file in this folder: {BEST}, or {FINAL}")
+    return found
+
+
+def source_sha256(model: nn.Module) -> str:
+    """SHA-256 of the source file that defines a model's class: another file may compute otherwise
+    with the same weights. Raises OSError."""
+    return files.sha256(inspect.getfile(type(model)))
+
+
+# ---- torch.save's files
+
+
+def read(path: str | Path, *, verify: bool = True) -> Any:
+    """What torch.save wrote: tensors on the CPU, mapped from the file.
+
+    verify: compare the checksums that torch.save stored, at 1 to 2 GB/s; torch.load alone does not
+    notice a flipped bit. NumPy's scalars become Python's, a GPTConfig at the top level a dict.
+    Raises Damaged, OSError.
+    """
+    with open(path, "rb") as file:
+        status = file_status(file)
+        head = file.read(4)
+        file.seek(0)
+        try:
+            is_zip = head == b"PK\x03\x04"  # torch.save's format since 1.6
+            if is_zip:
+                names = _globals(io.BytesIO(_pickle_in_zip(file, status.st_size, verify)))
+            elif head[:1] == pickle.PROTO:
+                names = _globals_of_old_format(file)
+            else:
+                raise Damaged("not a file of torch.save, or damaged at its beginning")
+            return _plain(_load(path, names, is_zip))
+        except (Damaged, MemoryError):
+            raise
+        except OSError as error:
+            # Offsets in a damaged archive lead before its beginning.
+            if error.errno not in (None, errno.EINVAL):
+                raise
+            raise Damaged(f"damaged or cut short ({first_line(error)})") from None
+        except pickle.UnpicklingError as error:
+            raise Damaged(
+                f"damaged, or it holds more than tensors and plain values ({first_line(error)})"
+            ) from None
+        except Exception as error:  # zipfile and torch raise all kinds on damaged files
+            _refuse_blame(path, error)
+            raise Damaged(f"damaged or cut short ({first_line(error)})") from None
+
+
+def file_status(file: IO[bytes]) -> Any:
+    """os.stat_result of an open file. Raises Damaged where it is a pipe, a device and the like."""
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise Damaged("not a regular file")
+    return status
+
+
+def _refuse_blame(path: str | Path, error: Exception) -> None:
+    """Raise what the system has to say, where torch hides it in a RuntimeError of its own."""
+    open(path, "rb").close()
+    if "memory" in str(error) and isinstance(error, RuntimeError):
+        raise MemoryError(first_line(error)) from None
+
+
+def _load(path: str | Path, names: set[str], is_zip: bool) -> Any:
+    """torch.load, the only one, of a file whose pickle names nothing but PLAIN, NUMPY, CONFIG."""
+    stand_ins: list[Any] = [(_Config, name) for name in names if CONFIG.fullmatch(name)]
+    for name in names:
+        if name.endswith("multiarray.scalar"):
+            stand_ins.append((_numpy_scalar, name))
+        if name == "numpy.dtype":
+            stand_ins.append((_NumpyType, name))
+    with torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise Damaged(
-            "damaged, or it holds more than tensors and plain values, which is refused because loading it"
-            f" could run code ({_first_line(error)})"
-        ) from None
-    except (Damaged, OSError):
-        raise
-    except Exception as error:  # zipfile and torch raise all kinds on damaged files
-        raise Damaged(f"damaged or cut short ({_first_line(error)})") from None
 
 
-def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys without the prefixes of DistributedDataParallel and torch.compile, and without the
-    causal masks that old versions of GPT-2 kept as buffers."""
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(
-                f"its weights are not tensors with names: {key!r} is {type(value).__name__}"
+def _pickle_in_zip(file: IO[bytes], size: int, verify: bool) -> bytes:
+    """The pickle of torch.save's archive, in which everything is stored as it is."""
+    file.seek(max(0, size - (1 << 16) - 64))
+    file.read()  # zipfile would take what the system says here for damage
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        pickles = [part for part in parts if part.filename.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise Damaged("a zip archive, but none of torch.save: it has not one data.pkl")
+        if any(part.flag_bits & 1 for part in parts):
+            raise Damaged("an encrypted archive, which torch.save never writes")
+        if any(part.compress_type or part.file_size != part.compress_size for part in parts):
+            raise Damaged("a compressed archive, which torch.save never writes; save it again")
+        if sum(part.file_size for part in parts) > size:
+            raise Damaged("its parts claim to be larger than the file")
+        if pickles[0].file_size > MAX_PICKLE_BYTES:
+            raise Damaged(_too_much(pickles[0].file_size))
+        if verify and (damaged := archive.testzip()):
+            raise Damaged(f"damaged: {damaged} fails its checksum")
+        return archive.read(pickles[0])
+
+
+def _globals_of_old_format(file: IO[bytes]) -> set[str]:
+    """torch.save before 1.6: magic number, version, machine, the object, keys of its tensors."""
+    head = io.BytesIO(file.read(MAX_PICKLE_BYTES))
+    return set().union(*(_globals(head) for _ in range(5)))
+
+
+def _globals(file: IO[bytes]) -> set[str]:
+    """Dotted names that a pickle refers to, read without executing it. Raises Damaged for one that
+    tensors and plain values have no use for."""
+    names, strings = set(), set()
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name == "GLOBAL":
+            names.add(str(argument).replace(" ", "."))
+        elif isinstance(argument, str):
+            strings.add(argument.lower()[:64])
+    for name in sorted(names):
+        if not any(kind.fullmatch(name) for kind in (PLAIN, NUMPY, CONFIG)):
+            raise Damaged(
+                f"it holds {name[:80]}, more than tensors and plain values, which is refused"
+                " because loading it could run code; save its weights alone, as a dict"
             )
-    state = {
-        key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()
-    }
-    return {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+    # The codecs whose time grows with the square of a text's length.
+    if "_codecs.encode" in names and any("punycode" in s or "idna" in s for s in strings):
+        raise Damaged("it holds text in an encoding that tensors and numbers have no use for")
+    return names
 
 
-def read_huggingface(name_or_folder: str | Path) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Sizes for GPTConfig and weights for model.GPT from a local folder or, by name, from the hub
-    or its cache."""
-    folder = Path(name_or_folder)
-    get = _from_folder(folder) if folder.is_dir() else _from_hub(str(name_or_folder))
-    config = get("config.json")
-    if config is None:
-        raise ValueError("no config.json in it")
-    sizes = _sizes(json.loads(config.read_text(encoding="utf-8")))
-    if (file := get(SAFETENSORS)) is not None:
-        state = _read_safetensors(file)
-    elif (file := get(SHARDS)) is not None:
-        state = {}
-        for shard in sorted(
-            set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
-        ):
-            state |= _read_safetensors(get(shard))
-    elif (file := get(PICKLE)) is not None:
-        state = read(file)
-    else:
-        raise ValueError(f"neither {SAFETENSORS} nor {PICKLE} in it")
-    # Saved from GPT2Model rather than GPT2LMHeadModel, keys lack their first part.
-    if "wte.weight" in state:
-        state = {
-            key if key.startswith("lm_head.") else f"transformer.{key}": v
-            for key, v in state.items()
-        }
-    return sizes, {
-        k: v.t() if k.endswith(CONV1D) else v for k, v in without_wrappers(state).items()
-    }
-
-
-def to_huggingface(state: Mapping[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
-    """The state dict of transformers.GPT2LMHeadModel for that of model.GPT."""
-    new = {
-        key: value.t().contiguous() if key.endswith(CONV1D) else value
-        for key, value in state.items()
-    }
-    for key, value in state.items():
-        bias = key.removesuffix("weight") + "bias"
-        if (
-            key.endswith(".weight")
-            and bias not in state
-            and not key.endswith(("wte.weight", "wpe.weight"))
-        ):
-            new[bias] = value.new_zeros(len(value))
-    wte = state["transformer.wte.weight"][:vocab_size]
-    return new | {"transformer.wte.weight": wte, "lm_head.weight": wte}
-
-
-def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    implemented = IMPLEMENTED | {"n_inner": [None, 4 * config.get("n_embd", 768)]}
-    other = [
-        key for key, values in implemented.items() if key in config and config[key] not in values
-    ]
-    if other:
-        settings = ", ".join(f"{key}={config[key]!r}" for key in other)
-        raise ValueError(f"not the GPT-2 that is implemented here: {settings} in its config.json")
-    return {ours: config[theirs] for theirs, ours in SIZES.items() if theirs in config}
-
-
-def _from_folder(folder: Path) -> Callable[[str], Path | None]:
-    return lambda name: folder / name if (folder / name).is_file() else None
-
-
-def _from_hub(repo: str) -> Callable[[str], Path | None]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
+def _too_much(size: int) -> str:
+    return (
+        f"{size / 1e6:.0f} MB beside its tensors, more than a checkpoint has"
+        f" ({MAX_PICKLE_BYTES / 1e6:.0f} MB at most)"
     )
 
-    def get(name: str) -> Path | None:
-        try:
-            return Path(hf_hub_download(repo, name))
-        except LocalEntryNotFoundError:
-            problem = (
-                "the Hugging Face hub cannot be reached (network, HF_ENDPOINT, HF_HUB_OFFLINE?)"
-            )
-        except EntryNotFoundError:
-            return None
-        except RepositoryNotFoundError:
-            problem = (
-                "the Hugging Face hub has no such model, or shows it only after `hf auth login`"
-            )
-        except (OSError, ValueError) as error:
-            problem = f"the Hugging Face hub says: {_first_line(error)}"
-        raise ValueError(f"no such folder, and {problem}")
 
-    return get
+class _Config:
+    """Stands in for a GPTConfig of any module: its attributes, and none of its code."""
 
 
-def _read_safetensors(file: Path | None) -> dict[str, Tensor]:
+class _NumpyType:
+    """Stands in for numpy.dtype."""
+
+    def __init__(self, code: str = "", *_: Any):
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def _numpy_scalar(dtype: _NumpyType, data: bytes) -> float | int | bool:
+    """Stands in for numpy.core.multiarray.scalar, by which NumPy pickles its numbers."""
+    return struct.unpack(dtype.order + NUMPY_FORMATS[dtype.code], data)[0]
+
+
+def _plain(saved: Any) -> Any:
+    if not isinstance(saved, dict):
+        return saved
+    return {k: dict(vars(v)) if isinstance(v, _Config) else v for k, v in saved.items()}
+
+
+# ---- JSON and safetensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of reasonable size. Raises Damaged, OSError."""
+    with open(path, "rb") as file:
+        file_status(file)
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise Damaged(f"its {path.name} has more than {MAX_JSON_BYTES / 1e6:.0f} MB")
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"its {path.name} is no JSON ({first_line(error)})") from None
+    if not isinstance(value, dict):
+        raise Damaged(f"its {path.name} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    with open(file, "rb") as opened:  # the system's own words, where it does not hand it out
+        file_status(opened)
     try:
         return load_file(file)
-    except (SafetensorError, OSError, TypeError) as error:
-        what = file or "one of its shards"
-        raise ValueError(
-            f"{what} is damaged, cut short or missing ({_first_line(error)})"
-        ) from None
+    except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise Damaged(f"{file} is damaged or cut short ({first_line(error)})") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def shown(value: Any) -> str:
+    """A value from a file, for a message: never long, whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of more than 4300 digits, deep nesting
+        text = type(value).__name__
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -20,6 +20,8 @@ from free_port import free_port
 
 import train_gpt2
 from model import GPT, GPTConfig
+from pretrain.eval import tasks
+from pretrain.eval.hellaswag import HellaSwagError
 from pretrain.report.runlog import last_per_step, read_log
 from pretrain.train.optim import learning_rate
 from pretrain.train.settings import build_parser
@@ -769,15 +771,15 @@ def test_hellaswag_is_in_the_log_and_no_reason_to_stop(flags, tmp_path, monkeypa
         == 0
     )
     for r in records(tmp_path / "a", "eval"):
-        assert 0 <= r["hellaswag"]["acc_norm"] <= 1 and r["hellaswag"]["n"] > 5
+        assert 0 <= r["tasks"]["hellaswag"]["acc_norm"] <= 1 and r["tasks"]["hellaswag"]["n"] > 5
 
     def no_network():
-        raise train_gpt2.HellaSwagError("no network")
+        raise HellaSwagError("no network")
 
-    monkeypatch.setattr(train_gpt2, "ensure_data", no_network)
+    monkeypatch.setattr(tasks, "ensure_data", no_network)
     assert train_gpt2.main([*on, "--out_dir", str(tmp_path / "b")]) == 0
     assert capfd.readouterr().err.count("HellaSwag is left out: no network") == 1
-    assert "hellaswag" not in records(tmp_path / "b", "eval")[-1]
+    assert "tasks" not in records(tmp_path / "b", "eval")[-1]
 
 
 # ---- several processes

@@ -22,16 +22,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Positions in a batch, and how many of them have logits at a time (2,048 times 50,257 logits are
-# 0.6 GB in 16 and 32 bits together). A CPU likes what fits its caches, a GPU what keeps it busy.
+from pretrain.ops import token_losses
+
+# Positions in a batch. A CPU likes what fits its caches, a GPU what keeps it busy.
 BATCH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
-HEAD_ROWS = {"cpu": 512, "mps": 512, "cuda": 2048}
-# On a CPU the softmax takes a few rows at a time, which fit its second-level cache: 4 times faster
-# than all.
-CPU_SOFTMAX_ROWS = 8
 # GPUs' attention kernels want masks whose width is a multiple of 8.
 WIDTH_MULTIPLE = {"cpu": 1}
 
@@ -188,20 +184,6 @@ def take_apart(model: Callable) -> Parts:
     if getattr(config, "model_type", None) == "gpt2" and hasattr(model, "lm_head") and takes_masks:
         return Parts(transformers, model.lm_head, True, *sizes)
     return Parts(any_other, lambda logits: logits, False, *sizes)
-
-
-def token_losses(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy in nats, float32 (N,), of hidden (N, ...) and targets (N,), part by part."""
-    kind = hidden.device.type
-    losses = []
-    for h, target in zip(
-        *(x.split(HEAD_ROWS.get(kind, 512)) for x in (hidden, targets)), strict=True
-    ):
-        logits = head(h)
-        rows = CPU_SOFTMAX_ROWS if kind == "cpu" else len(logits)
-        for part, t in zip(logits.split(rows), target.split(rows), strict=True):
-            losses.append(F.cross_entropy(part.float(), t, reduction="none"))
-    return torch.cat(losses)
 
 
 class Scores(NamedTuple):

@@ -14,12 +14,13 @@ import json
 import os
 import random
 import re
+import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from pretrain.eval.choices import Item
@@ -31,6 +32,7 @@ PUBLISHED_FILES = {  # split: (bytes, SHA-256)
 }
 STYLES = ("completion", "lm-eval")
 DEFAULT_FOLDER = "data/hellaswag"
+LARGEST_FILE = 10**9  # bytes of text; the published files have 12 to 50 million
 SAMPLE_SEED = 1337  # of the choice that a limit makes
 
 
@@ -130,10 +132,21 @@ def data_sha256(path: str | Path) -> str:
 
 def _read(path: str | Path) -> bytes:
     try:
-        data = Path(path).read_bytes()
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise HellaSwagError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # a pipe would be waited for
+            raise HellaSwagError(f"{path}: not a file")
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rb") if zipped else open(path, "rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise HellaSwagError(f"{path}: {reason}") from None
+    if len(data) > LARGEST_FILE:
+        raise HellaSwagError(
+            f"{path}: more than {LARGEST_FILE / 1e9:.0f} GB of text; not HellaSwag"
+        )
+    return data
 
 
 def _parse(line: bytes, number: int) -> Example:
@@ -144,6 +157,8 @@ def _parse(line: bytes, number: int) -> Example:
         raise ValueError("not UTF-8") from None
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError("not an example: nested too deeply") from None
     if not isinstance(item, dict):
         raise ValueError(f"expected a JSON object, got {type(item).__name__}")
     for key in ("activity_label", "ctx"):
@@ -166,9 +181,18 @@ def _parse(line: bytes, number: int) -> Example:
         )
     if isinstance(label, bool) or str(label) not in ("0", "1", "2", "3"):
         raise ValueError(f"label must be 0, 1, 2 or 3, got {label!r}")
-    ind = item.get("ind", number - 1)
+    texts = (item["activity_label"], item["ctx"], ctx_a or "", ctx_b or "", *endings)
+    if any("\ud800" <= letter <= "\udfff" for one in texts for letter in one):
+        raise ValueError("half a character (a lone surrogate) in its text")
+    ind = item.get("ind")
     return Example(
-        ind, item["activity_label"], item["ctx"], ctx_a, ctx_b, tuple(endings), int(label)
+        ind if isinstance(ind, int) and not isinstance(ind, bool) else number - 1,
+        item["activity_label"],
+        item["ctx"],
+        ctx_a,
+        ctx_b,
+        tuple(endings),
+        int(label),
     )
 
 

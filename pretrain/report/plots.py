@@ -26,7 +26,7 @@ from pretrain.report.drawing import (
     run_colors,
     style,
 )
-from pretrain.report.known import KNOWN, MODELS, published
+from pretrain.report.known import KNOWN, MODELS, published, title
 from pretrain.report.runs import Run, column, number, smooth, smoothing_window, task_results
 
 if TYPE_CHECKING:

@@ -26,6 +26,9 @@ QUIET_SECONDS = (
 )
 
 
+LOCK = ".lock"  # train_gpt2.py holds it while it runs
+
+
 class RunError(UserError):
     """The folder holds no log that can be shown; one line for the user."""
 
@@ -139,6 +142,10 @@ class Run:
         if self.stop is not None:
             reason = str(self.stop.get("reason", "stopped"))
             return f"{'stopped by ' * reason.startswith('signal')}{reason}{resumed}"
+        if (is_held := lock_is_held(self.folder / LOCK)) is not None:
+            return (
+                f"still going{resumed}" if is_held else f"interrupted: its process is gone{resumed}"
+            )
         times = _times(self.processes()[-1])
         silence = (time.time() if now is None else now) - times[-1] if len(times) else 0.0
         if silence > max(QUIET_SECONDS, 5 * float(np.max(np.diff(times), initial=0.0))):
@@ -148,6 +155,25 @@ class Run:
     @property
     def stop(self) -> Record | None:
         return self.records[-1] if self.records[-1].get("event") == "stop" else None
+
+
+def lock_is_held(path: Path) -> bool | None:
+    """Whether a process holds the lock that a run keeps in its folder; None where there is none, or
+    where the system cannot tell."""
+    try:
+        import fcntl
+
+        if not is_regular(path):
+            return None
+        with open(path, "rb") as file:
+            try:
+                # Shared, and let go of at once: it is in nobody's way.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+    except (ImportError, OSError):
+        return None
 
 
 def column(records: list[Record], key: str) -> np.ndarray:

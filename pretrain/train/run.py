@@ -15,7 +15,6 @@ Every rank makes the same calls in the same order. Rank 0 alone reads and writes
 decides what depends on it; the others are told.
 """
 
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from pretrain import __version__, distributed, files
 from pretrain.distributed import Ranks
 from pretrain.errors import lasting_output
 from pretrain.report.console import Console
-from pretrain.report.runlog import RunLog, Stopwatch, eval_line, provenance, start_block
+from pretrain.report.runlog import RunLog, Stopwatch, eval_line, perplexity, provenance, start_block
 from pretrain.report.trackers import open_trackers
 from pretrain.tokens.owntext import unigram_entropy
 from pretrain.tokens.shards import data_fingerprint
@@ -146,10 +145,16 @@ class Run:
 
     # ---- from a checkpoint to the first update
 
-    def restore(self, settings: TrainSettings, state: TrainState, identity: dict[str, Any]) -> None:
+    def restore(
+        self,
+        settings: TrainSettings,
+        state: TrainState,
+        identity: dict[str, Any],
+        architecture: str = "gpt2",
+    ) -> None:
         """Bring `state` to where the run begins. settings: with what the data decided. identity:
-        what no part of a run may change. Raises CheckpointError for the checkpoint of another
-        run."""
+        what no part of a run may change. architecture: the name of the model's. Raises
+        CheckpointError for the checkpoint of another run."""
         self.settings, self.state = settings, state
         source = source_of(state.model)
         if self.saved and self.path:
@@ -165,7 +170,7 @@ class Run:
         self._about = {
             "format": checkpoints.FORMAT,
             "version": __version__,
-            "architecture": getattr(state.model, "architecture", "gpt2"),
+            "architecture": architecture,
             "config": settings.flags,
             "processes": self.ranks.world_size,
             "run": identity,
@@ -267,9 +272,9 @@ class Run:
             train_loss=state.loss,
             val_loss=state.val_loss,
             best_val_loss=state.record.best_val_loss,
-            perplexity=_exp(state.val_loss),
-            accuracy=val["accuracy"],
-            **tasks,
+            perplexity=perplexity(state.val_loss),
+            **{name: val[name] for name in ("accuracy", "bits_per_byte") if name in val},
+            **({"tasks": tasks} if tasks else {}),
         )
         self.say(eval_line(record, settings.max_iters))
         if not self._save_evaluation():
@@ -403,6 +408,7 @@ def describe(
     settings: TrainSettings,
     model: Any,
     loader: ShardLoader,
+    *,
     identity: dict[str, Any],
     ranks: Ranks,
     dtype: torch.dtype,
@@ -430,11 +436,3 @@ def describe(
         "peak_flops": distributed.peak_flops(name, dtype),
         **provenance(),
     }
-
-
-def _exp(loss: float) -> float:
-    """Perplexity, which is infinite where a float cannot hold it."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf

@@ -28,7 +28,7 @@ NUMBERS = ("step", "last_eval_step", "loss", "val_loss", "learning_rate")
 class TrainState:
     """All that changes while a run goes on, the same on every rank."""
 
-    def __init__(self, model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler):
+    def __init__(self, model: Any, optimizer: Any, scaler: torch.amp.GradScaler):
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.step = 0  # updates made
         self.last_eval_step = -1
@@ -56,11 +56,9 @@ class TrainState:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 _check_moments(parameter, self._moments_of(parameter))
-        try:
+        # Saved by a run in another --dtype it is empty: the scale is found anew in some updates.
+        with contextlib.suppress(KeyError, RuntimeError):
             self.scaler.load_state_dict(saved["scaler"])
-        except (KeyError, RuntimeError):
-            # Saved by a run in another --dtype: the scale is found anew within some updates.
-            pass
         for name in NUMBERS:
             setattr(self, name, saved.get(name, getattr(self, name)))
         self.record = Record.of(saved)
@@ -87,7 +85,7 @@ def read_on_first(ranks: Ranks, read: Callable[[], dict[str, Any]]) -> dict[str,
     rank 0's disk is sure to hold the run, since nodes may have a disk each."""
     found: list[dict[str, Any]] = []
     ranks.on_first(lambda: found.append(read()))
-    return ranks.broadcast_state(found[0] if found else {})
+    return ranks.broadcast_state(found[0] if found else None)
 
 
 def source_of(model: nn.Module) -> dict[str, str]:

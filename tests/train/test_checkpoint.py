@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.files import Locked
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError, find, link, load, newest, prune, save
 
@@ -47,6 +48,7 @@ def test_writing_to_loaded_tensors_does_not_change_the_file(tmp_path):
 KILLED_SAVE = """
 import builtins, os, signal, sys, torch
 sys.path.insert(0, {root!r})
+from pretrain import files
 from pretrain.train import checkpoint
 folder = {folder!r}
 
@@ -66,7 +68,7 @@ class DieInWrite:
             die()
         return len(data)
 
-def in_write(): checkpoint.open = lambda *a: DieInWrite(builtins.open(*a))
+def in_write(): files.open = lambda *a: DieInWrite(builtins.open(*a))
 def before_sync(): os.fsync = die
 def before_rename(): os.replace = die
 def after_rename():
@@ -284,7 +286,7 @@ def test_all_that_differs_between_two_runs_is_named_at_once():
 def test_one_folder_serves_one_run_at_a_time(tmp_path):
     with (
         checkpoints.lock(tmp_path / "new"),
-        pytest.raises(CheckpointError, match="another run is writing"),
+        pytest.raises(Locked, match="another run is writing"),
     ):
         checkpoints.lock(tmp_path / "new")
     checkpoints.lock(tmp_path / "new").close()
