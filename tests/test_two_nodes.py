@@ -86,3 +86,16 @@ def test_two_machines_train_and_go_on_as_one_process_does(nodes, tmp_path, monke
     for event, name in (("train", "loss"), ("eval", "val_loss")):
         mine = logged(first / "run", event, name)
         assert mine == pytest.approx(logged(Path("run"), event, name), abs=1e-4), name
+
+
+@pytest.mark.parametrize("nodes", ["apart"], indirect=True)
+def test_a_run_that_lies_on_the_second_machine_is_not_begun_anew_on_the_first(nodes):
+    (nodes[1] / "run").mkdir()
+    (nodes[1] / "run" / "resume.pt").write_bytes(b"of an earlier part")
+    # Of agents at one address torchrun takes the one that was started first as the first.
+    outcomes = run_on(nodes, "--max_iters", "4")
+    assert [status != 0 for status, *_ in outcomes] == [True, True]
+    errors = "".join(errors for *_, errors in outcomes)
+    assert "run/resume.pt: on the disk of rank 1's machine" in errors
+    assert errors.count("train_gpt2.py: error:") == 1
+    assert not (nodes[0] / "run" / "metrics.jsonl").exists()
