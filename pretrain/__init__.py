@@ -1,2 +1,4 @@
 """What the three stages share: tokenizer, documents, shards, loader, optimizer, checkpoints, run
 log."""
+
+__version__ = "0.2.0"
