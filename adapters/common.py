@@ -13,25 +13,30 @@ to back in batches sees what train_gpt2.py sees.
 """
 
 import argparse
+import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from adapters import FrameworkMissing, require
+from adapters.states import plain_values_only
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint
-from pretrain import distributed, flags
+from pretrain import distributed, files, flags
+from pretrain.errors import UserError, first_line, program, say
 from pretrain.report.runlog import RunLog
 from pretrain.tokens.shards import ShardError, find_shards
 from pretrain.tokens.tokenizer import TokenizerUnavailable
 from pretrain.train import settings
+from pretrain.train.checkpoint import CheckpointError as TrainCheckpointError
+from pretrain.train.keytokens import KeyTokenError
 from pretrain.train.loader import ShardLoader, TokenWindows
 from pretrain.train.schedule import learning_rate
 
@@ -57,11 +62,76 @@ BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parq
 VAL_SHARE = 0.1  # of raw text, taken from its end
 
 
-class AdapterError(RuntimeError):
+class AdapterError(UserError):
     """What keeps a trainer from starting; one line for the user."""
 
 
-ERRORS = (AdapterError, CheckpointError, ShardError, TokenizerUnavailable)  # a main prints them
+# What other rooms raise for their users to mend.
+ERRORS = (CheckpointError, TrainCheckpointError, ShardError, TokenizerUnavailable, KeyTokenError)
+
+
+@contextlib.contextmanager
+def net(name: str) -> Iterator[Any]:
+    """pretrain.errors.program for a program that runs a framework: its errors of the disk become a
+    line too, and nothing that it loads is executed. Yields the outcome."""
+    with program(name, lambda: is_first_process()) as outcome, plain_values_only():
+        try:
+            yield outcome
+        except ERRORS as error:
+            raise AdapterError(str(error)) from None
+        except Exception as error:
+            if isinstance(error, UserError | OSError) or not (line := disk_problem(error)):
+                raise
+            raise AdapterError(line) from None
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """The line of an OSError that a library has wrapped in an exception of its own; None when the
+    error is of another kind. torch's writer chains it, safetensors has its text."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return first_line(cause)
+        cause = cause.__cause__ or cause.__context__
+    line = first_line(error)
+    return line if "os error" in line or "PytorchStreamWriter failed" in line else None
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, told before any framework has made its process group: torchrun sets
+    both variables, Lightning's own launcher the second one for the processes that it starts."""
+    environment = distributed.environment
+    return environment("RANK", 0) == 0 and environment("LOCAL_RANK", 0) == 0
+
+
+@contextlib.contextmanager
+def run_folder(out_dir: str | Path) -> Iterator[Path]:
+    """A run's folder, made if need be, that no other run may write to meanwhile. train_gpt2.py
+    takes the same lock. Raises pretrain.files.Locked, OSError."""
+    out_dir = Path(out_dir)
+    if not is_first_process():
+        yield out_dir
+        return
+    out_dir.mkdir(parents=True, exist_ok=True)
+    problem = f"{out_dir}: another run is writing here; wait for it or use another --out_dir"
+    with files.lock(out_dir / ".lock", problem):
+        yield out_dir
+
+
+def main(
+    name: str,
+    argv: Sequence[str] | None,
+    train: Callable[[argparse.Namespace, set[str]], None],
+    *,
+    description: str | None,
+    out_dir: str,
+    add_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> int:
+    """A trainer's main: flags, the net, the folder's lock, the run. Returns the exit status."""
+    args, given = parse(description or "", argv, out_dir, add_flags)
+    with net(name) as outcome, run_folder(args.out_dir):
+        train(args, given)
+    return outcome.status
 
 
 def require_for(name: str, *modules: str) -> None:
@@ -119,7 +189,7 @@ def parse(
             "--dtype float16: on a CPU this trainer would use another in silence; take bfloat16"
         )
     for problem in problems or found:
-        print(f"{parser.prog}: error: {problem}", file=sys.stderr)
+        say(parser.prog, problem)
     if problems or found:
         raise SystemExit(2)
     return args, given
@@ -169,10 +239,26 @@ def schedule(args: argparse.Namespace) -> Callable[[int], float]:
 def log_metrics(log: RunLog, step: int, tokens: int, values: dict[str, float | None]) -> None:
     """Write those of `values` that are not None as an event of metrics.jsonl: eval if val_loss is
     among them, else train."""
-    values = {name: float(value) for name, value in values.items() if value is not None}
-    if "val_loss" in values:
-        values["perplexity"] = math.exp(min(values["val_loss"], 700))
-    log.write("eval" if "val_loss" in values else "train", step=step, tokens=tokens, **values)
+    numbers = {name: float(value) for name, value in values.items() if value is not None}
+    if "val_loss" in numbers:
+        numbers["perplexity"] = math.exp(min(numbers["val_loss"], 700))
+    log.write("eval" if "val_loss" in numbers else "train", step=step, tokens=tokens, **numbers)
+
+
+def describe_run(
+    args: argparse.Namespace, model: Any, block_size: int, processes: int
+) -> dict[str, Any]:
+    """What a run that continues must have in common with the one that it continues: the model, the
+    sequences of an update, and their order. How an update's batch is split into micro-batches and
+    processes is free."""
+    config = asdict(model.config) if isinstance(model, GPT) else {}
+    return {
+        **{name: config[name] for name in ("n_layer", "n_head", "n_embd", "bias") if config},
+        "block_size": block_size,
+        "sequences_per_update": args.batch_size * args.gradient_accumulation_steps * processes,
+        "seed": args.seed,
+        "shuffle": args.shuffle,
+    }
 
 
 class Windows(Dataset):
@@ -299,7 +385,7 @@ class ChunkWindows:
     def __init__(self, chunks: "datasets.Dataset", seed: int):
         self.chunks = chunks.with_format("numpy")
         self.seed = seed
-        self._shuffled = cache(self._shuffled)
+        self.permutation = cache(self._permutation)  # of an epoch, drawn once
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -311,11 +397,11 @@ class ChunkWindows:
         """Window numbers at these positions, every epoch in an order of its own."""
         epochs, places = np.divmod(positions, len(self))
         return np.array(
-            [self._shuffled(e)[p] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)]
+            [self.permutation(e)[p] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)]
         )
 
     def in_order(self, positions: np.ndarray) -> np.ndarray:
         return positions % len(self)
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
+    def _permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(len(self))
