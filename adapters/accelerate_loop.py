@@ -33,7 +33,7 @@ from pretrain.report.runlog import RunLog
 from pretrain.train.optim import make_optimizer
 
 common.require_for(__name__, "accelerate", "transformers", "safetensors")
-from accelerate import Accelerator, DataLoaderConfiguration  # noqa: E402  (after the check that it is there)
+from accelerate import Accelerator, DataLoaderConfiguration  # noqa: E402  (it is there)
 
 MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 KEPT_STATES = 2
@@ -91,7 +91,7 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
             )
         losses.zero_()
         evaluated = args.eval_interval and step % args.eval_interval == 0
-        if evaluated:
+        if evaluated and val_batches:
             val_loss = evaluate(accelerator, model, val_batches)
             common.log_metrics(log, step, step * tokens_per_step, {"val_loss": val_loss})
             accelerator.print(f"step {step:6}/{args.max_iters} | val loss {val_loss:.4f}")

@@ -2,9 +2,8 @@
 Datasets.
 
     args, given = parse(__doc__, argv, "out-trainer")
-    train = shard_windows(args.data_dir, "train", block_size=1024, seed=1337)    # a map-style
-    Dataset train[0]                            # {"input_ids": int64 (1024,), "labels": the same
-    one token later}
+    train = shard_windows(args.data_dir, "train", block_size=1024, seed=1337)
+    train[0]    # {"input_ids": int64 (1024,), "labels": the same one token later}
 
 Labels are shifted already: labels[t] is the token after input_ids[t], as train_gpt2.py has it, so
 that all block_size of them are used. The order is train_gpt2.py's too: item p of a training set is
@@ -74,7 +73,7 @@ ERRORS = (CheckpointError, TrainCheckpointError, ShardError, TokenizerUnavailabl
 def net(name: str) -> Iterator[Any]:
     """pretrain.errors.program for a program that runs a framework: its errors of the disk become a
     line too, and nothing that it loads is executed. Yields the outcome."""
-    with program(name, lambda: is_first_process()) as outcome, plain_values_only():
+    with program(name, is_first_process) as outcome, plain_values_only():
         try:
             yield outcome
         except ERRORS as error:
@@ -168,11 +167,12 @@ def parse(
             parser._add_action(action)
     # fmt: off
     add = parser.add_argument
-    add("--lr_decay_iters", type=settings.COUNT, metavar="N", help="where the cosine ends (--max_iters)")
-    add("--eval_interval", type=settings.AMOUNT, default=2000, metavar="N",
-        help="updates between evaluations, each with a checkpoint (2000; 0: only a checkpoint at the end)")
-    add("--eval_iters", type=settings.COUNT, default=200, metavar="N",
-        help="batches of --batch_size sequences in an evaluation, shared out among the processes (200)")
+    add("--lr_decay_iters", type=flags.COUNT, metavar="N",
+        help="where the cosine ends (--max_iters)")
+    add("--eval_interval", type=flags.AMOUNT, default=2000, metavar="N",
+        help="updates between evaluations, each with a checkpoint (2000; 0: one at the end alone)")
+    add("--eval_iters", type=flags.COUNT, default=200, metavar="N",
+        help="batches of --batch_size sequences in an evaluation, shared out among processes (200)")
     add("--out_dir", default=out_dir, metavar="DIR", help=f"for checkpoints and logs ({out_dir})")
     add("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
     # fmt: on

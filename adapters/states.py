@@ -24,12 +24,12 @@ from pretrain.errors import UserError, first_line, say
 from pretrain.train.checkpoint import set_aside
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
-NEVER_LOADED = {
-    "training_args.bin"
-}  # Trainer writes its arguments as objects, and no one reads them
+# Trainer writes its arguments as objects, and nothing reads them.
+NEVER_LOADED = {"training_args.bin"}
 RUN = "run.json"  # in a state: what a run that goes on from it must have in common with this one
 # What the state of NumPy's generator is made of; these build arrays and run nothing.
-ARRAYS = [np.ndarray, np.dtype, np.dtypes.UInt32DType, np._core.multiarray._reconstruct]
+_core: Any = getattr(np, "_core", None) or np.core  # its name since NumPy 2, and before
+ARRAYS = [np.ndarray, np.dtype, np.dtypes.UInt32DType, _core.multiarray._reconstruct]
 FORCE, FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 T = TypeVar("T")
 
