@@ -6,6 +6,10 @@ import importlib.util
 from pretrain.errors import UserError
 
 
+class AdapterError(UserError):
+    """What keeps a trainer from starting; one line for the user."""
+
+
 class FrameworkMissing(UserError):
     """A framework that an adapter needs is not installed; the message says how to get it."""
 
