@@ -1,8 +1,10 @@
-# Every target sets up what it needs: a fresh clone with Python >= 3.10 and a package index is enough.
+# Every target sets up what it needs: a fresh clone with Python >= 3.11 and a package index is enough.
 #   make quickstart   environment, then the whole product on input.txt with a small model on a CPU
 #   make test         environment, then all tests (no network, no GPU)
-#   make lint         ruff
+#   make lint         ruff's rules and form over everything, mypy over the product
+#   make fuzz         the tests that mutate files, with many more cases: FUZZ_CASES=10000
 #   make bench        the benchmarks behind the figures in README
+#   make resolve      do the requirements resolve, and the sources compile, under every Python promised?
 # Another interpreter:  make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -14,12 +16,12 @@ BIN := $(VENV)/bin
 endif
 PY := $(BIN)/python
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint fuzz bench resolve clean
 .DEFAULT_GOAL := quickstart
 
 # pip runs only when a requirements file is newer than the stamp that the last installation left.
 $(VENV)/.stages: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
@@ -73,13 +75,30 @@ test: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-bench: $(VENV)/.dev
-	$(PY) benchmarks/data_prep.py
-	$(PY) benchmarks/loader.py
-	$(PY) benchmarks/train_step.py
-	$(PY) benchmarks/generate.py
-	$(PY) benchmarks/hellaswag_eval.py
+# Hours of cases are no hang: the limit on a test's time is off.
+FUZZ_CASES ?= 10000
+fuzz: $(VENV)/.dev
+	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(PY) -m pytest -k fuzz --timeout=0 \
+		--numprocesses auto --maxprocesses 8 $(PYTEST_ARGS)
+
+# lm_eval's versions of other packages leave those of this project alone.
+HARNESS := $(VENV)/lm_eval
+$(HARNESS)/.installed:
+	$(PYTHON) -m venv $(HARNESS)
+	$(HARNESS)/$(notdir $(BIN))/python -m pip install --quiet --disable-pip-version-check 'lm_eval[hf]'
+	@touch $@
+
+BESIDE_HARNESS := benchmarks/hellaswag_lm_eval.py
+bench: $(VENV)/.dev $(HARNESS)/.installed
+	set -e; for script in $(filter-out $(BESIDE_HARNESS),$(wildcard benchmarks/*.py)); do \
+		echo "== $$script"; $(PY) $$script; done
+	$(PY) $(BESIDE_HARNESS) --harness $(HARNESS)/$(notdir $(BIN))/python
+
+resolve:
+	$(PYTHON) .ci/resolve
 
 clean:
 	rm -rf checkpoints/quickstart

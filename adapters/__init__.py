@@ -3,8 +3,14 @@ needed elsewhere: `pip install -r requirements-adapters.txt` brings them."""
 
 import importlib.util
 
+from pretrain.errors import UserError
 
-class FrameworkMissing(RuntimeError):
+
+class AdapterError(UserError):
+    """What keeps a trainer from starting; one line for the user."""
+
+
+class FrameworkMissing(UserError):
     """A framework that an adapter needs is not installed; the message says how to get it."""
 
 

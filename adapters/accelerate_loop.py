@@ -13,41 +13,37 @@ batch.
 
 import argparse
 import math
-import os
 import re
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from adapters import common, huggingface
+from adapters import common, huggingface, states
+from pretrain import files
 from pretrain.distributed import pick_dtype
+from pretrain.errors import first_line
 from pretrain.report.runlog import RunLog
 from pretrain.train.optim import make_optimizer
 
 common.require_for(__name__, "accelerate", "transformers", "safetensors")
-from accelerate import Accelerator, DataLoaderConfiguration  # noqa: E402  (after the check that it is there)
+from accelerate import Accelerator, DataLoaderConfiguration  # noqa: E402  (it is there)
 
 MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 KEPT_STATES = 2
+# What accelerate writes, in the order in which it does, and what save_state adds in the end.
+NEEDED = ("model*.safetensors", "optimizer.bin", "random_states_*.pkl", "custom_checkpoint_0.pkl")
 
 
 def train(args: argparse.Namespace, given: set[str]) -> None:
     """The run that the flags describe."""
-    device, out_dir = common.device(args), Path(args.out_dir)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=MIXED_PRECISION[pick_dtype(args.dtype, device)],
-        cpu=device.type == "cpu",
-        # Evaluation adds up what each process has: nothing needs to be repeated to make their
-        # shares equal.
-        dataloader_config=DataLoaderConfiguration(even_batches=False),
-    )
+    out_dir, accelerator = Path(args.out_dir), make_accelerator(args)
     model, block_size = common.build_model(args, given)
     model.gradient_checkpointing = args.gradient_checkpointing
     optimizer = make_optimizer(
@@ -59,44 +55,21 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
     # Not through prepare(): it would be stepped once per process, and the schedule be over that
     # much sooner.
     scheduler = LambdaLR(optimizer, common.schedule(args))
+    described = common.describe_run(args, model, block_size, accelerator.num_processes)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(scheduler)
+    step = resume(accelerator, out_dir, described)
 
-    state = newest_state(out_dir)
-    step = int(state.name.removeprefix("step-")) if state else 0
-    if state:
-        accelerator.load_state(str(state))
-        accelerator.print(f"continues {state}")
-    global_batch = args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    windows = common.shard_windows(
-        args.data_dir,
-        "train",
-        block_size=block_size,
-        seed=args.seed,
-        shuffle=args.shuffle,
-        vocab_size=accelerator.unwrap_model(model).config.vocab_size,
-    )
-    # Batch k of these positions goes to process k mod num_processes. To resume is to begin further
-    # on.
-    positions = range(step * global_batch, args.max_iters * global_batch)
-    batches = accelerator.prepare(
-        DataLoader(windows, batch_size=args.batch_size, sampler=positions)
-    )
-    if args.eval_interval:
-        length = args.eval_iters * args.batch_size
-        val = common.shard_windows(args.data_dir, "val", block_size=block_size, length=length)
-        val_batches = accelerator.prepare(DataLoader(val, batch_size=args.batch_size))
+    batches, val_batches = load_data(args, accelerator, model, block_size, step)
     log = RunLog(out_dir, enabled=accelerator.is_main_process)
-    if accelerator.is_main_process:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
     log.write("start", step=step, flags=vars(args), processes=accelerator.num_processes)
+    tokens_per_step = described["sequences_per_update"] * block_size
 
     model.train()
     losses = torch.zeros((), device=accelerator.device)
     for batch in batches:
         with accelerator.accumulate(model):
-            _, loss = model(batch["input_ids"], batch["labels"])
+            _, loss = model(batch["input_ids"], batch["labels"])  # a scalar, mean over (B, T)
             accelerator.backward(loss)  # divides by the number of micro-batches
             losses += loss.detach() / args.gradient_accumulation_steps
             if accelerator.sync_gradients:
@@ -111,22 +84,67 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
         if step % args.log_interval == 0 or step == args.max_iters:
             loss = accelerator.reduce(losses, "mean").item()
             values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": norm}
-            common.log_metrics(log, step, step * global_batch * block_size, values)
+            common.log_metrics(log, step, step * tokens_per_step, values)
             accelerator.print(
                 f"step {step:6}/{args.max_iters} | loss {loss:.4f} | lr {learning_rate:.1e}"
                 f" | norm {norm:.2f}"
             )
         losses.zero_()
         evaluated = args.eval_interval and step % args.eval_interval == 0
-        if evaluated:
+        if evaluated and val_batches:
             val_loss = evaluate(accelerator, model, val_batches)
-            common.log_metrics(log, step, step * global_batch * block_size, {"val_loss": val_loss})
+            common.log_metrics(log, step, step * tokens_per_step, {"val_loss": val_loss})
             accelerator.print(f"step {step:6}/{args.max_iters} | val loss {val_loss:.4f}")
         if evaluated or step == args.max_iters:
-            save_state(accelerator, out_dir, step)
-    log.write("stop", step=step, reason="finished")
+            save_state(accelerator, out_dir, step, described)
+    finish(accelerator, model, log, out_dir, step)
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    device = common.device(args)
+    return Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=MIXED_PRECISION[pick_dtype(args.dtype, device)],
+        cpu=device.type == "cpu",
+        # Evaluation adds up what each process has: nothing needs to be repeated to make their
+        # shares equal.
+        dataloader_config=DataLoaderConfiguration(even_batches=False),
+    )
+
+
+def load_data(
+    args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, block_size: int, step: int
+) -> tuple[DataLoader, DataLoader | None]:
+    """Training batches from update `step` on, and those of an evaluation (None without one)."""
+    windows = common.shard_windows(
+        args.data_dir,
+        "train",
+        block_size=block_size,
+        seed=args.seed,
+        shuffle=args.shuffle,
+        vocab_size=accelerator.unwrap_model(model).config.vocab_size,
+    )
+    # Batch k of these positions goes to process k mod num_processes. To resume is to begin further
+    # on.
+    global_batch = args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    positions = range(step * global_batch, args.max_iters * global_batch)
+    batches = accelerator.prepare(
+        DataLoader(windows, batch_size=args.batch_size, sampler=positions)
+    )
+    if not args.eval_interval:
+        return batches, None
+    length = args.eval_iters * args.batch_size
+    val = common.shard_windows(args.data_dir, "val", block_size=block_size, length=length)
+    return batches, accelerator.prepare(DataLoader(val, batch_size=args.batch_size))
+
+
+def finish(
+    accelerator: Accelerator, model: nn.Module, log: RunLog, out_dir: Path, step: int
+) -> None:
+    """The end of a run: its model for transformers, and the last line of its log."""
     if accelerator.is_main_process:
         huggingface.export(accelerator.unwrap_model(model), out_dir / "export", overwrite=True)
+    log.write("stop", step=step, reason="finished")
     accelerator.print(f"finished: {out_dir / 'export'}")
     accelerator.end_training()
 
@@ -147,37 +165,61 @@ def evaluate(accelerator: Accelerator, model: nn.Module, batches: DataLoader) ->
     return loss_sum / count
 
 
+def saved_states(out_dir: Path) -> list[Path]:
+    """The step-N folders, highest N first."""
+    found = [path for path in out_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
 def newest_state(out_dir: Path) -> Path | None:
-    """The step-N folder of the highest N; None when there is none."""
-    states = [path for path in out_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return max(states, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    """The step-N folder of the highest N that is whole; None when there is none. Raises
+    StateError."""
+    return states.newest_in(out_dir, saved_states(out_dir), NEEDED)
 
 
-def save_state(accelerator: Accelerator, out_dir: Path, step: int) -> None:
+def resume(accelerator: Accelerator, out_dir: Path, described: dict[str, Any]) -> int:
+    """Continue the newest state of out_dir, if there is one; the updates that were made so far."""
+    state = newest_state(out_dir)
+    if state is None:
+        return 0
+    states.refuse_other_run(state, states.saved_run(state), described)
+    try:
+        accelerator.load_state(str(state))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise states.StateError(
+            f"{state}: not the state of a run with these flags ({first_line(error)})"
+        ) from None
+    # It counts micro-batches, and restores their number: of the run before, whose updates may have
+    # been split into more or fewer. A state is saved after an update, so none is under way.
+    accelerator.step = 0
+    accelerator.print(f"continues {state}")
+    return int(state.name.removeprefix("step-"))
+
+
+def save_state(
+    accelerator: Accelerator, out_dir: Path, step: int, described: dict[str, Any]
+) -> None:
     """Model, optimizer, scheduler, scaler and generators, under its name only when it is
     complete."""
     temporary = out_dir / "saving"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        os.rename(temporary, out_dir / f"step-{step}")
-        states = sorted(
-            out_dir.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-"))
-        )
-        for state in states[:-KEPT_STATES]:
+        files.write_json(temporary / states.RUN, described)
+        files.sync_tree(temporary)
+        files.publish(temporary, out_dir / f"step-{step}")
+        for state in saved_states(out_dir)[KEPT_STATES:]:
             shutil.rmtree(state)
     accelerator.wait_for_everyone()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, given = common.parse(__doc__, argv, "out-accelerate")
-    try:
-        train(args, given)
-    except common.ERRORS as error:
-        print(f"accelerate_loop: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return common.main(
+        "accelerate_loop", argv, train, description=__doc__, out_dir="out-accelerate"
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 Datasets.
 
     args, given = parse(__doc__, argv, "out-trainer")
-    train = shard_windows(args.data_dir, "train", block_size=1024, seed=1337)    # a map-style
-    Dataset train[0]                            # {"input_ids": int64 (1024,), "labels": the same
-    one token later}
+    train = shard_windows(args.data_dir, "train", block_size=1024, seed=1337)
+    train[0]    # {"input_ids": int64 (1024,), "labels": the same one token later}
 
 Labels are shifted already: labels[t] is the token after input_ids[t], as train_gpt2.py has it, so
 that all block_size of them are used. The order is train_gpt2.py's too: item p of a training set is
@@ -13,31 +12,35 @@ to back in batches sees what train_gpt2.py sees.
 """
 
 import argparse
+import contextlib
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from adapters import FrameworkMissing, require
+from adapters import AdapterError, FrameworkMissing, require
+from adapters.raw_text import ChunkWindows, load_text, split_chunks, text_chunks
+from adapters.states import plain_values_only
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint
-from pretrain import distributed, flags
+from pretrain import distributed, files, flags
+from pretrain.errors import UserError, first_line, program, say
 from pretrain.report.runlog import RunLog
 from pretrain.tokens.shards import ShardError, find_shards
 from pretrain.tokens.tokenizer import TokenizerUnavailable
 from pretrain.train import settings
+from pretrain.train.checkpoint import CheckpointError as TrainCheckpointError
+from pretrain.train.keytokens import KeyTokenError
 from pretrain.train.loader import ShardLoader, TokenWindows
 from pretrain.train.optim import learning_rate
 
-if TYPE_CHECKING:
-    import datasets
-    from transformers import PreTrainedTokenizerBase
+__all__ = ["AdapterError", "ChunkWindows", "load_text", "split_chunks", "text_chunks"]
 
 SIZES = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
 FLAGS = (
@@ -53,15 +56,74 @@ FLAGS = (
     *("learning_rate", "min_lr", "warmup_iters", "weight_decay", "beta1", "beta2", "grad_clip"),
     *("dtype", "gradient_checkpointing", "log_interval", "seed"),
 )
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-VAL_SHARE = 0.1  # of raw text, taken from its end
 
 
-class AdapterError(RuntimeError):
-    """What keeps a trainer from starting; one line for the user."""
+# What other rooms raise for their users to mend.
+ERRORS = (CheckpointError, TrainCheckpointError, ShardError, TokenizerUnavailable, KeyTokenError)
 
 
-ERRORS = (AdapterError, CheckpointError, ShardError, TokenizerUnavailable)  # a main prints them
+@contextlib.contextmanager
+def net(name: str) -> Iterator[Any]:
+    """pretrain.errors.program for a program that runs a framework: its errors of the disk become a
+    line too, and nothing that it loads is executed. Yields the outcome."""
+    with program(name, is_first_process) as outcome, plain_values_only():
+        try:
+            yield outcome
+        except ERRORS as error:
+            raise AdapterError(str(error)) from None
+        except Exception as error:
+            if isinstance(error, UserError | OSError) or not (line := disk_problem(error)):
+                raise
+            raise AdapterError(line) from None
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """The line of an OSError that a library has wrapped in an exception of its own; None when the
+    error is of another kind. torch's writer chains it, safetensors has its text."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return first_line(cause)
+        cause = cause.__cause__ or cause.__context__
+    line = first_line(error)
+    return line if "os error" in line or "PytorchStreamWriter failed" in line else None
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, told before any framework has made its process group: torchrun sets
+    both variables, Lightning's own launcher the second one for the processes that it starts."""
+    environment = distributed.environment
+    return environment("RANK", 0) == 0 and environment("LOCAL_RANK", 0) == 0
+
+
+@contextlib.contextmanager
+def run_folder(out_dir: str | Path) -> Iterator[Path]:
+    """A run's folder, made if need be, that no other run may write to meanwhile. train_gpt2.py
+    takes the same lock. Raises pretrain.files.Locked, OSError."""
+    out_dir = Path(out_dir)
+    if not is_first_process():
+        yield out_dir
+        return
+    out_dir.mkdir(parents=True, exist_ok=True)
+    problem = f"{out_dir}: another run is writing here; wait for it or use another --out_dir"
+    with files.lock(out_dir / ".lock", problem):
+        yield out_dir
+
+
+def main(
+    name: str,
+    argv: Sequence[str] | None,
+    train: Callable[[argparse.Namespace, set[str]], None],
+    *,
+    description: str | None,
+    out_dir: str,
+    add_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> int:
+    """A trainer's main: flags, the net, the folder's lock, the run. Returns the exit status."""
+    args, given = parse(description or "", argv, out_dir, add_flags)
+    with net(name) as outcome, run_folder(args.out_dir):
+        train(args, given)
+    return outcome.status
 
 
 def require_for(name: str, *modules: str) -> None:
@@ -98,11 +160,12 @@ def parse(
             parser._add_action(action)
     # fmt: off
     add = parser.add_argument
-    add("--lr_decay_iters", type=settings.COUNT, metavar="N", help="where the cosine ends (--max_iters)")
-    add("--eval_interval", type=settings.AMOUNT, default=2000, metavar="N",
-        help="updates between evaluations, each with a checkpoint (2000; 0: only a checkpoint at the end)")
-    add("--eval_iters", type=settings.COUNT, default=200, metavar="N",
-        help="batches of --batch_size sequences in an evaluation, shared out among the processes (200)")
+    add("--lr_decay_iters", type=flags.COUNT, metavar="N",
+        help="where the cosine ends (--max_iters)")
+    add("--eval_interval", type=flags.AMOUNT, default=2000, metavar="N",
+        help="updates between evaluations, each with a checkpoint (2000; 0: one at the end alone)")
+    add("--eval_iters", type=flags.COUNT, default=200, metavar="N",
+        help="batches of --batch_size sequences in an evaluation, shared out among processes (200)")
     add("--out_dir", default=out_dir, metavar="DIR", help=f"for checkpoints and logs ({out_dir})")
     add("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
     # fmt: on
@@ -119,7 +182,7 @@ def parse(
             "--dtype float16: on a CPU this trainer would use another in silence; take bfloat16"
         )
     for problem in problems or found:
-        print(f"{parser.prog}: error: {problem}", file=sys.stderr)
+        say(parser.prog, problem)
     if problems or found:
         raise SystemExit(2)
     return args, given
@@ -169,10 +232,26 @@ def schedule(args: argparse.Namespace) -> Callable[[int], float]:
 def log_metrics(log: RunLog, step: int, tokens: int, values: dict[str, float | None]) -> None:
     """Write those of `values` that are not None as an event of metrics.jsonl: eval if val_loss is
     among them, else train."""
-    values = {name: float(value) for name, value in values.items() if value is not None}
-    if "val_loss" in values:
-        values["perplexity"] = math.exp(min(values["val_loss"], 700))
-    log.write("eval" if "val_loss" in values else "train", step=step, tokens=tokens, **values)
+    numbers = {name: float(value) for name, value in values.items() if value is not None}
+    if "val_loss" in numbers:
+        numbers["perplexity"] = math.exp(min(numbers["val_loss"], 700))
+    log.write("eval" if "val_loss" in numbers else "train", step=step, tokens=tokens, **numbers)
+
+
+def describe_run(
+    args: argparse.Namespace, model: Any, block_size: int, processes: int
+) -> dict[str, Any]:
+    """What a run that continues must have in common with the one that it continues: the model, the
+    sequences of an update, and their order. How an update's batch is split into micro-batches and
+    processes is free."""
+    config = asdict(model.config) if isinstance(model, GPT) else {}
+    return {
+        **{name: config[name] for name in ("n_layer", "n_head", "n_embd", "bias") if config},
+        "block_size": block_size,
+        "sequences_per_update": args.batch_size * args.gradient_accumulation_steps * processes,
+        "seed": args.seed,
+        "shuffle": args.shuffle,
+    }
 
 
 class Windows(Dataset):
@@ -228,94 +307,3 @@ def shard_windows(
         vocab_size=vocab_size,
     )
     return Windows(loader.windows, loader.order, length or loader.windows_per_epoch)
-
-
-# ---- raw text, as the Hugging Face course prepares it
-
-
-def load_text(paths: Sequence[str | Path], text_column: str = "text") -> "datasets.Dataset":
-    """.txt (a file is a document), .jsonl or .parquet files of one kind, as a Dataset with a column
-    "text". Raises AdapterError."""
-    import datasets
-
-    suffixes = {Path(path).suffix for path in paths}
-    missing = [str(path) for path in paths if not Path(path).is_file()]
-    if missing or len(suffixes) != 1 or not suffixes <= set(BUILDERS):
-        problem = (
-            f"{missing[0]}: no such file"
-            if missing
-            else "files must be all .txt, .jsonl or .parquet"
-        )
-        raise AdapterError(problem)
-    builder = BUILDERS[suffixes.pop()]
-    how = {"sample_by": "document"} if builder == "text" else {}
-    column = "text" if builder == "text" else text_column
-    found = datasets.load_dataset(
-        builder, data_files=[str(path) for path in paths], split="train", **how
-    )
-    if column not in found.column_names:
-        raise AdapterError(
-            f"{paths[0]}: no column {column!r}; it has {', '.join(found.column_names)}"
-        )
-    return found.select_columns([column]).rename_columns(
-        {column: "text"} if column != "text" else {}
-    )
-
-
-def text_chunks(
-    texts: "datasets.Dataset", tokenizer: "PreTrainedTokenizerBase", length: int
-) -> "datasets.Dataset":
-    """Rows {"input_ids": length tokens}: each text cut into chunks, the shorter one at its end left
-    out."""
-
-    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        cut = tokenizer(
-            batch["text"],
-            truncation=True,
-            max_length=length,
-            return_overflowing_tokens=True,
-            return_length=True,
-        )
-        full = zip(cut["input_ids"], cut["length"], strict=True)
-        return {"input_ids": [ids for ids, size in full if size == length]}
-
-    chunks = texts.map(tokenize, batched=True, remove_columns=texts.column_names)
-    if len(chunks) < 2:
-        raise AdapterError(
-            f"{len(chunks)} chunks of {length} tokens in the text: too few to train on"
-        )
-    return chunks
-
-
-def split_chunks(chunks: "datasets.Dataset") -> tuple["datasets.Dataset", "datasets.Dataset"]:
-    """Training and validation parts, without shuffling: no passage is in both."""
-    parts = chunks.train_test_split(test_size=max(1, int(VAL_SHARE * len(chunks))), shuffle=False)
-    return parts["train"], parts["test"]
-
-
-class ChunkWindows:
-    """Chunks of block_size + 1 tokens with the interface of TokenWindows."""
-
-    def __init__(self, chunks: "datasets.Dataset", seed: int):
-        self.chunks = chunks.with_format("numpy")
-        self.seed = seed
-        self._shuffled = cache(self._shuffled)
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def read(self, numbers: np.ndarray) -> np.ndarray:
-        return self.chunks[numbers]["input_ids"]
-
-    def order(self, positions: np.ndarray) -> np.ndarray:
-        """Window numbers at these positions, every epoch in an order of its own."""
-        epochs, places = np.divmod(positions, len(self))
-        return np.array(
-            [self._shuffled(e)[p] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)]
-        )
-
-    def in_order(self, positions: np.ndarray) -> np.ndarray:
-        return positions % len(self)
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self))

@@ -25,7 +25,7 @@ def build_tokenizer(block_size: int) -> "PreTrainedTokenizerFast":
     FrameworkMissing, TokenizerUnavailable.
     """
     require("transformers")
-    from transformers import GPT2TokenizerFast
+    from transformers import GPT2TokenizerFast  # type: ignore[attr-defined]
 
     encoding = load_encoding()
     ids = {

@@ -1,8 +1,7 @@
 """Train GPT-2 with transformers.Trainer, on shards or on raw text.
 
     $ python -m adapters.hf_trainer --data_dir data/input --max_iters 2000 --warmup_iters 100
-    $ python -m adapters.hf_trainer --text input.txt --block_size 128 --max_iters 500 --warmup_iters
-    20
+    $ python -m adapters.hf_trainer --text input.txt --block_size 128 --max_iters 500
     $ torchrun --nproc_per_node=8 -m adapters.hf_trainer ...
 
 On shards: the windows, order, schedule and first weights of train_gpt2.py, so the losses are the
@@ -13,9 +12,13 @@ document, in random order. In --out_dir: checkpoint-N at each evaluation, metric
 """
 
 import argparse
+import json
 import math
+import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +27,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import default_collate
 
-from adapters import common
+from adapters import common, states
 from adapters.hf_tokenizer import build_tokenizer
 from model import GPT
+from pretrain import files, flags
 from pretrain.distributed import environment, pick_dtype
 from pretrain.report.runlog import RunLog
 from pretrain.tokens.tokenizer import END_OF_TEXT
-from pretrain.train.keytokens import KeyTokenError, key_token_weights, load_key_tokens
+from pretrain.train.keytokens import key_token_weights, load_key_tokens
 
 common.require_for(__name__, "transformers", "accelerate", "datasets")
 from transformers import (  # noqa: E402  (after the check that they are there)
@@ -41,8 +45,12 @@ from transformers import (  # noqa: E402  (after the check that they are there)
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
+# What Trainer saves of a run, its own state last.
+NEEDED = (
+    *("config.json", "model*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth"),
+    "trainer_state.json",
+)
 SCHEDULERS = ("train_gpt2", "cosine", "linear", "inverse_sqrt", "constant_with_warmup")
 
 
@@ -65,6 +73,7 @@ class GPT2Trainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.schedule, self.key_tokens, self.key_token_alpha = schedule, key_tokens, key_token_alpha
+        self.described: dict[str, Any] = {}  # of what run its checkpoints are
         # So the logged loss is the mean of the micro-batches' means, whoever computes it. Otherwise
         # releases of Trainer divide by a count of labels that includes the first (a factor of (T -
         # 1) / T), and the loss of a compute_loss like ours is not divided by the number of
@@ -99,9 +108,30 @@ class GPT2Trainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ):
         if self.schedule is not None and self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule)
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None  # it is created before its scheduler
+            self.lr_scheduler = LambdaLR(optimizer, self.schedule)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer does; but what lies in the run's own folder is replaced file by file once all
+        of it is written, so that a full disk or a kill leaves the files of before."""
+        if output_dir is not None and Path(output_dir) != Path(str(self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+            return
+        temporary = Path(str(self.args.output_dir)) / ".saving"
+        try:
+            super().save_model(str(temporary), _internal_call=True)
+            if self.args.should_save:
+                files.sync_tree(temporary)
+                for file in sorted(temporary.iterdir()):
+                    files.publish(file, Path(str(self.args.output_dir)) / file.name)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(temporary, ignore_errors=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "eval_loss" in logs:
@@ -109,21 +139,27 @@ class GPT2Trainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class RunLogCallback(TrainerCallback):
-    """Metrics as lines of the metrics.jsonl that train_gpt2.py writes."""
+class RunCallback(TrainerCallback):
+    """Metrics as lines of the metrics.jsonl that train_gpt2.py writes; in each checkpoint, what run
+    it is of."""
 
-    def __init__(self, log: RunLog, tokens_per_step: int):
-        self.log, self.tokens_per_step = log, tokens_per_step
+    def __init__(self, log: RunLog, tokens_per_step: int, described: dict[str, Any]):
+        self.log, self.tokens_per_step, self.described = log, tokens_per_step, described
 
-    def on_log(
-        self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float], **kwargs
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         values = {name: logs.get(name) for name in ("loss", "learning_rate", "grad_norm")}
         values["val_loss"] = logs.get("eval_loss")
         if state.is_world_process_zero and {"loss", "eval_loss"} & set(logs):
             common.log_metrics(
                 self.log, state.global_step, state.global_step * self.tokens_per_step, values
             )
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            files.write_json(folder / states.RUN, self.described)
+            files.sync_tree(folder)
 
 
 class ChunkCollator(DataCollatorForLanguageModeling):
@@ -134,8 +170,8 @@ class ChunkCollator(DataCollatorForLanguageModeling):
     the two apart.
     """
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = super().torch_call(examples)
+    def torch_call(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        batch = super().torch_call(list(examples))
         labels = batch["input_ids"].clone()
         if "attention_mask" in batch:
             labels[batch["attention_mask"] == 0] = -100
@@ -183,7 +219,7 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine" if args.lr_scheduler == "train_gpt2" else args.lr_scheduler,
         warmup_steps=args.warmup_iters,
-        weight_decay=args.weight_decay,  # of matrices: Trainer leaves out biases and LayerNorms by itself
+        weight_decay=args.weight_decay,  # of matrices: Trainer leaves out biases and norms
         adam_beta1=args.beta1,
         adam_beta2=args.beta2,
         max_grad_norm=args.grad_clip,
@@ -215,40 +251,24 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
 
 
 def build_trainer(args: argparse.Namespace, given: set[str]) -> GPT2Trainer:
-    """A Trainer for these flags, not yet started."""
+    """A Trainer for these flags, not yet started. Raises AdapterError and what rooms raise."""
     key_tokens = load_key_tokens(args.key_tokens) if args.key_tokens else None
     arguments = training_arguments(args)
+    refuse_data_parallel(arguments.n_gpu)
     ours, block_size = common.build_model(args, given)
     if not ours.config.bias:
         raise common.AdapterError("--no-bias: transformers' GPT-2 has biases, and would train them")
     tokenizer = build_tokenizer(ours.config.block_size)
-    global_batch = args.batch_size * args.gradient_accumulation_steps * environment("WORLD_SIZE", 1)
-    eval_windows = args.eval_iters * args.batch_size
     if args.text:
-        chunks = common.text_chunks(
-            common.load_text(args.text, args.text_column), tokenizer, block_size
-        )
-        train, val = common.split_chunks(chunks)
-        val = val.select(range(min(len(val), eval_windows)))
+        train, val = text_data(args, tokenizer, block_size)
         tokenizer.pad_token = tokenizer.eos_token
-        collate = ChunkCollator(tokenizer, mlm=False)
+        collate: Callable[..., Any] = ChunkCollator(tokenizer, mlm=False)
     else:
-        train = common.shard_windows(
-            args.data_dir,
-            "train",
-            block_size=block_size,
-            seed=args.seed,
-            shuffle=args.shuffle,
-            length=args.max_iters * global_batch,
-            vocab_size=ours.config.vocab_size,
-        )
-        val = None
-        if args.eval_interval:
-            val = common.shard_windows(
-                args.data_dir, "val", block_size=block_size, length=eval_windows
-            )
+        train, val = shard_data(args, block_size, ours.config.vocab_size)
         collate = collate_windows
-    return GPT2Trainer(
+    described = common.describe_run(args, ours, block_size, environment("WORLD_SIZE", 1))
+    tokens_per_step = described["sequences_per_update"] * block_size
+    trainer = GPT2Trainer(
         to_transformers(ours),
         arguments,
         train_dataset=train,
@@ -258,8 +278,64 @@ def build_trainer(args: argparse.Namespace, given: set[str]) -> GPT2Trainer:
         key_tokens=key_tokens,
         key_token_alpha=args.key_token_alpha,
         schedule=common.schedule(args) if args.lr_scheduler == "train_gpt2" else None,
-        callbacks=[RunLogCallback(RunLog(args.out_dir), global_batch * block_size)],
+        callbacks=[RunCallback(RunLog(args.out_dir), tokens_per_step, described)],
     )
+    trainer.described = described
+    return trainer
+
+
+def refuse_data_parallel(gpus: int) -> None:
+    """Trainer in one process with several GPUs wraps the model in DataParallel: each update would
+    have the batch of each GPU, and the data be over that many times sooner. Raises AdapterError."""
+    if gpus > 1:
+        raise common.AdapterError(
+            f"{gpus} GPUs and one process would multiply the batch by {gpus}: start `torchrun"
+            f" --nproc_per_node={gpus} -m adapters.hf_trainer ...`, or choose one GPU with"
+            " CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def text_data(args: argparse.Namespace, tokenizer: Any, block_size: int) -> tuple[Any, Any]:
+    """Chunks of --text to train on, and those of an evaluation."""
+    texts = common.load_text(args.text, args.text_column)
+    train, val = common.split_chunks(common.text_chunks(texts, tokenizer, block_size))
+    return train, val.select(range(min(len(val), args.eval_iters * args.batch_size)))
+
+
+def shard_data(args: argparse.Namespace, block_size: int, vocab_size: int) -> tuple[Any, Any]:
+    """Windows of --data_dir for the whole run, and those of an evaluation (None without one)."""
+    processes = environment("WORLD_SIZE", 1)
+    train = common.shard_windows(
+        args.data_dir,
+        "train",
+        block_size=block_size,
+        seed=args.seed,
+        shuffle=args.shuffle,
+        length=args.max_iters * args.batch_size * args.gradient_accumulation_steps * processes,
+        vocab_size=vocab_size,
+    )
+    if not args.eval_interval:
+        return train, None
+    length = args.eval_iters * args.batch_size
+    return train, common.shard_windows(args.data_dir, "val", block_size=block_size, length=length)
+
+
+def saved_checkpoints(out_dir: Path) -> list[Path]:
+    """The checkpoint-N folders, highest N first."""
+    found = [path for path in out_dir.glob("*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+
+
+def train(args: argparse.Namespace, given: set[str]) -> None:
+    """The run that the flags describe."""
+    trainer, out_dir = build_trainer(args, given), Path(args.out_dir)
+    state = states.newest_in(out_dir, saved_checkpoints(out_dir), NEEDED)
+    if state:
+        config = json.loads((state / "config.json").read_text(encoding="utf-8"))
+        states.refuse_other_run(state, states.saved_run(state) or config, trainer.described)
+    trainer.train(resume_from_checkpoint=str(state) if state else None)
+    trainer.save_model()
+    trainer.save_state()
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -269,26 +345,27 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help=".txt, .jsonl or .parquet files instead of shards; their last tenth is for evaluation")
     add("--text_column", default="text", help="of .jsonl and .parquet files (text)")
     add("--lr_scheduler", choices=SCHEDULERS, default=SCHEDULERS[0],
-        help="that of train_gpt2.py, or transformers' of this name, which rises from 0 over --warmup_iters "
-             "and ends at --max_iters (train_gpt2)")
+        help="that of train_gpt2.py, or transformers' of this name, which rises from 0 over "
+             "--warmup_iters and ends at --max_iters (train_gpt2)")
     add("--key_tokens", metavar="FILE",
-        help="a GPT-2 token a line; sequences with more of them weigh more, see pretrain/train/keytokens.py (off)")
-    add("--key_token_alpha", type=float, default=1.0, metavar="A", help="factor of these weights (1.0)")
-    add("--push_to_hub", metavar="user/name", help="upload the trained model; needs `hf auth login`")
+        help="a GPT-2 token a line; sequences with more of them weigh more, see"
+             " pretrain/train/keytokens.py (off)")
+    add("--key_token_alpha", type=flags.REAL, default=1.0, metavar="A",
+        help="factor of these weights (1.0)")
+    add("--push_to_hub", metavar="user/name",
+        help="upload the trained model; needs `hf auth login`")
     # fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, given = common.parse(__doc__, argv, "out-trainer", add_flags)
-    try:
-        trainer = build_trainer(args, given)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(args.out_dir))
-        trainer.save_model()
-        trainer.save_state()
-    except (*common.ERRORS, KeyTokenError) as error:
-        print(f"hf_trainer: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return common.main(
+        "hf_trainer",
+        argv,
+        train,
+        description=__doc__,
+        out_dir="out-trainer",
+        add_flags=add_flags,
+    )
 
 
 if __name__ == "__main__":

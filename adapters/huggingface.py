@@ -2,10 +2,14 @@
 
     $ python -m adapters.huggingface export checkpoints/best_val_loss.pt my-gpt2
     my-gpt2: 124.4M parameters, float32, 498 MB
-    $ python -m adapters.huggingface import gpt2-medium medium.pt   # then train_gpt2.py --init_from
-    medium.pt medium.pt: 354.8M parameters
-    $ python -m adapters.huggingface push my-gpt2 user/my-gpt2 --private       # after `hf auth
-    login` https://huggingface.co/user/my-gpt2
+    $ python -m adapters.huggingface import gpt2-medium medium.pt
+    medium.pt: 354.8M parameters
+    $ python -m adapters.huggingface push my-gpt2 user/my-gpt2 --private    # after `hf auth login`
+    https://huggingface.co/user/my-gpt2
+
+An export says so only after transformers has computed, from the files it wrote, the logits of the
+model; it takes the place of an earlier one in one step. train_gpt2.py --init_from medium.pt begins
+with an imported model.
 
 The folder is what transformers itself writes for GPT-2: AutoModelForCausalLM, AutoTokenizer and
 pipeline("text-generation", model="my-gpt2") load it without a network.
@@ -13,31 +17,24 @@ pipeline("text-generation", model="my-gpt2") load it without a network.
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapters import require
+from adapters.exporting import CONFIG, FILES, WEIGHTS, HuggingFaceError, compare_logits, new_export
 from adapters.hf_tokenizer import save_tokenizer
 from adapters.model_card import RECORD, model_card, training_record
+from pretrain import files
+from pretrain.errors import UserError, program
 from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from model import GPT
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
-FILES = (RECORD, CONFIG, "generation_config.json", WEIGHTS, *TOKENIZER)
-
-
-class HuggingFaceError(RuntimeError):
-    """What keeps an export, import or push from happening; one line for the user."""
-
 
 # ---- export
 
@@ -58,34 +55,18 @@ def export(
     OSError.
     """
     require("transformers", "safetensors")
-    out_dir = Path(out_dir)
     if model.config.vocab_size < VOCAB_SIZE:
         size = model.config.vocab_size
         raise HuggingFaceError(
             f"the model knows {size} tokens, but GPT-2's tokenizer has {VOCAB_SIZE}"
         )
-    if out_dir.exists() and not overwrite:
-        names = os.listdir(out_dir) if out_dir.is_dir() else [out_dir.name]
-        if names and RECORD not in names:
-            raise HuggingFaceError(
-                f"{out_dir}: exists and is no export; choose another, or --overwrite"
-            )
-    temporary = out_dir.with_name(f".{out_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write_json(
+    with new_export(out_dir, overwrite=overwrite) as temporary:
+        files.write_json(
             temporary / RECORD, record or {"format": 1, "parameters": model.num_parameters()}
         )
         save_weights(model, temporary, dtype)
         save_tokenizer(temporary, model.config.block_size)
-        if out_dir.exists():
-            for name in FILES:
-                os.replace(temporary / name, out_dir / name)
-        else:
-            os.rename(temporary, out_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        compare_logits(model, temporary, dtype, out_dir)
 
 
 def save_weights(model: "GPT", folder: Path, dtype: str) -> None:
@@ -116,9 +97,9 @@ def save_weights(model: "GPT", folder: Path, dtype: str) -> None:
         "eos_token_id": END_OF_TEXT,
         "torch_dtype": dtype,
     }
-    _write_json(folder / CONFIG, config)
+    files.write_json(folder / CONFIG, config)
     tokens = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT}
-    _write_json(folder / "generation_config.json", tokens)
+    files.write_json(folder / "generation_config.json", tokens)
     state = model.huggingface_state_dict()
     del state["lm_head.weight"]  # the embedding again
     state["transformer.wte.weight"] = state["transformer.wte.weight"][:VOCAB_SIZE]
@@ -127,10 +108,6 @@ def save_weights(model: "GPT", folder: Path, dtype: str) -> None:
     }
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # it was written for its owner alone
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 # ---- import
@@ -232,22 +209,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m adapters.huggingface",
                                      description="GPT-2 to and from Hugging Face's format and hub.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add = commands.add_parser("export", help="a checkpoint to a folder that transformers loads").add_argument
-    add("checkpoint", type=Path, help="a .pt file of train_gpt2.py, or a GPT-2 folder such as Trainer writes")
+    command = commands.add_parser("export", help="a checkpoint to a folder that transformers loads")
+    add = command.add_argument
+    add("checkpoint", type=Path,
+        help="a .pt file or a run's folder of train_gpt2.py, or a GPT-2 folder such as Trainer's")
     add("out_dir", type=Path, help="a new or empty folder, or an earlier export, which is replaced")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
         help="of the weights (default: float32)")
-    add("--overwrite", action="store_true", help="write into any other folder too; the rest of it stays")
-    add = commands.add_parser("import", help="a GPT-2 of the hub or of a folder to a checkpoint").add_argument
+    add("--overwrite", action="store_true",
+        help="write into any other folder too; the rest of it stays")
+    command = commands.add_parser("import", help="a GPT-2 of the hub or a folder to a checkpoint")
+    add = command.add_argument
     add("source", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, user/name, or a folder")
     add("checkpoint", type=Path, help="file to write, for train_gpt2.py --init_from")
     add("--overwrite", action="store_true", help="replace the file if it exists")
-    about = ("Upload an export with a model card made from its run; a README.md in the folder takes the "
-             "card's place. The access token is that of `hf auth login`, or of HF_TOKEN.")
-    add = commands.add_parser("push", help="an exported folder to the hub", description=about).add_argument
+    about = ("Upload an export with a model card made from its run; a README.md in the folder"
+             " takes the card's place. The access token is that of `hf auth login` or of HF_TOKEN.")
+    help_of_push = "an exported folder to the hub"
+    add = commands.add_parser("push", help=help_of_push, description=about).add_argument
     add("out_dir", type=Path, help="the exported folder")
-    add("repository", metavar="user/name", help="created if it does not exist; files it has are replaced")
-    add("--private", action="store_true", help="create it private; refused where it exists and is public")
+    add("repository", metavar="user/name",
+        help="created if it does not exist; files it has are replaced")
+    add("--private", action="store_true",
+        help="create it private; refused where it exists and is public")
     # fmt: on
     return parser
 
@@ -260,33 +244,71 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.checkpoint}: {model.num_parameters() / 1e6:.1f}M parameters")
         if model.config.vocab_size < VOCAB_SIZE:
             size = model.config.vocab_size
-            print(
-                f"note: it knows {size} tokens; its tokenizer is not GPT-2's, which makes the shards"
-            )
+            print(f"note: it knows {size} tokens; shards are made with GPT-2's tokenizer, not its")
     else:
-        from model import GPT, load_checkpoint
+        run_export(args)
 
-        if args.checkpoint.is_dir():
-            model, checkpoint = GPT.from_pretrained(args.checkpoint), {}
-        else:
-            model, checkpoint = load_checkpoint(args.checkpoint)
-        record = training_record(model, checkpoint, args.checkpoint)
-        export(model, args.out_dir, record=record, dtype=args.dtype, overwrite=args.overwrite)
-        size = f"{model.num_parameters() / 1e6:.1f}M parameters, {args.dtype}"
-        print(f"{args.out_dir}: {size}, {(args.out_dir / WEIGHTS).stat().st_size / 1e6:.0f} MB")
-        if (padding := model.config.vocab_size - VOCAB_SIZE) > 0:
-            print(f"left out: {padding} token ids that GPT-2's tokenizer does not have")
+
+def run_export(args: argparse.Namespace) -> None:
+    model, checkpoint, source = load_source(args.checkpoint)
+    record = training_record(model, checkpoint, source)
+    export(model, args.out_dir, record=record, dtype=args.dtype, overwrite=args.overwrite)
+    size = f"{model.num_parameters() / 1e6:.1f}M parameters, {args.dtype}"
+    print(f"{args.out_dir}: {size}, {(args.out_dir / WEIGHTS).stat().st_size / 1e6:.0f} MB")
+    if (padding := model.config.vocab_size - VOCAB_SIZE) > 0:
+        print(f"left out: {padding} token ids that GPT-2's tokenizer does not have")
+
+
+def load_source(path: Path) -> "tuple[GPT, dict[str, Any], Path]":
+    """(model, checkpoint, the file or folder that was read) of a .pt file, the folder of a run
+    (its best checkpoint, or what its trainer exported), or a GPT-2 folder of transformers. Raises
+    CheckpointError of model.py or of pretrain.train.checkpoint."""
+    from model import GPT, load_checkpoint
+    from pretrain.train import checkpoint as checkpoints
+
+    if path.is_dir() and not any(
+        (path / name).is_file() for name in (checkpoints.BEST, checkpoints.FINAL)
+    ):
+        exported = path / "export"  # where Accelerate's and Lightning's runs leave their model
+        folder = exported if (exported / WEIGHTS).is_file() else path
+        if folder == path and not _is_huggingface(path):
+            path = checkpoints.model_file(path)  # says what is missing
+        return GPT.from_pretrained(folder), {}, folder
+    if path.is_dir():
+        path = checkpoints.model_file(path)
+    model, checkpoint = load_checkpoint(path)
+    return model, checkpoint, path
+
+
+def _is_huggingface(folder: Path) -> bool:
+    """Whether a folder's config.json is that of a model; a run's has its flags."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return (folder / WEIGHTS).is_file()
+    return isinstance(config, dict) and "model_type" in config
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except (RuntimeError, OSError, ValueError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"{args.command}: {line}", file=sys.stderr)
-        return 1
-    return 0
+    with program(args.command) as outcome:
+        try:
+            run(args)
+        except Exception as error:
+            raise_as_line(error)
+    return outcome.status
+
+
+def raise_as_line(error: Exception) -> NoReturn:
+    """The error as one that has a line for the user, or as it is."""
+    from adapters.common import ERRORS, disk_problem
+
+    if isinstance(error, UserError | OSError):
+        raise error
+    line = str(error) if isinstance(error, ERRORS) else disk_problem(error)
+    if line is None:
+        raise error
+    raise HuggingFaceError(line) from None
 
 
 if __name__ == "__main__":

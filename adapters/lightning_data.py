@@ -8,9 +8,10 @@ data = LLMDataModule(text=["input.txt"], batch_size=8, block_size=128)
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from adapters import common
@@ -26,7 +27,7 @@ class PositionSampler(DistributedSampler):
 
     def __init__(
         self,
-        windows: Dataset,
+        windows: common.Windows,
         *,
         batch_size: int,
         accumulation_steps: int,
@@ -55,11 +56,15 @@ class ShareSampler(DistributedSampler):
     """This rank's share of a validation set, every sample once over all ranks. DistributedSampler
     itself repeats samples to make the shares equal, which changes the mean."""
 
+    def __init__(self, windows: common.Windows, *, rank: int, world_size: int):
+        super().__init__(windows, num_replicas=world_size, rank=rank, shuffle=False)
+        self.share = range(rank, len(windows), world_size)
+
     def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))
+        return len(self.share)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+        return iter(self.share)
 
 
 class LLMDataModule(LightningDataModule):
@@ -86,9 +91,21 @@ class LLMDataModule(LightningDataModule):
             raise common.AdapterError("give shards or text, one of them")
         self.save_hyperparameters()
         self.batches_done = 0  # of the current epoch
+        self.run: dict[str, Any] = {}  # what a run that continues must have in common with this one
+
+    @property
+    def settings(self) -> Any:
+        """The arguments, as attributes."""
+        return self.hparams
+
+    @property
+    def running(self) -> Trainer:
+        """The Trainer; there is one from fit() on."""
+        assert self.trainer is not None
+        return self.trainer
 
     def setup(self, stage: str | None = None) -> None:
-        h = self.hparams
+        h = self.settings
         if h.data_dir:
             windows = partial(common.shard_windows, h.data_dir, block_size=h.block_size)
             self.train = windows(split="train", seed=h.seed, shuffle=h.shuffle)
@@ -103,27 +120,30 @@ class LLMDataModule(LightningDataModule):
         self.val = common.Windows(val, val.in_order, min(len(val), h.eval_batches * h.batch_size))
 
     def train_dataloader(self) -> DataLoader:
-        h = self.hparams
+        h = self.settings
         sampler = PositionSampler(
             self.train,
             batch_size=h.batch_size,
             accumulation_steps=h.accumulation_steps,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=self.running.global_rank,
+            world_size=self.running.world_size,
             start=self.batches_done,
         )
         return DataLoader(self.train, batch_size=h.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
-        sampler = ShareSampler(self.val, self.trainer.world_size, self.trainer.global_rank)
-        return DataLoader(self.val, batch_size=self.hparams.batch_size, sampler=sampler)
+        sampler = ShareSampler(
+            self.val, rank=self.running.global_rank, world_size=self.running.world_size
+        )
+        return DataLoader(self.val, batch_size=self.settings.batch_size, sampler=sampler)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Lightning itself begins an interrupted epoch's data anew when it resumes."""
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return {"batches_done": progress.ready % self.trainer.num_training_batches}
+        progress = self.running.fit_loop.epoch_loop.batch_progress.current
+        done = int(progress.ready % self.running.num_training_batches)
+        return {"batches_done": done, "run": self.run}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batches_done = state["batches_done"]
         warnings.filterwarnings(
             "ignore", ".*your dataloader is not resumable"

@@ -2,10 +2,9 @@
 
     $ python -m adapters.lightning_module --data_dir data/input --max_iters 2000 --warmup_iters 100
     $ python -m adapters.lightning_module --text input.txt --model my-gpt2 --max_iters 500
-    --warmup_iters 20
 
-    module = BabyGPT(GPT(GPTConfig()), learning_rate=6e-4)           # or BabyGPT("gpt2"), or a
-    folder data = LLMDataModule("data/input", batch_size=8, block_size=1024, accumulation_steps=5)
+    module = BabyGPT(GPT(GPTConfig()), learning_rate=6e-4)    # or BabyGPT("gpt2"), or a folder
+    data = LLMDataModule("data/input", batch_size=8, block_size=1024, accumulation_steps=5)
     Trainer(max_steps=2000, max_epochs=-1, accumulate_grad_batches=5).fit(module, data)
 
 On shards and with train_gpt2.py's flags the losses are train_gpt2.py's. In --out_dir: best.ckpt (of
@@ -18,34 +17,43 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from adapters import common, huggingface
-from adapters.hf_tokenizer import build_tokenizer
+from adapters import common, huggingface, states
+from adapters.hf_tokenizer import save_tokenizer
 from model import GPT
+from pretrain import weights
 from pretrain.distributed import pick_dtype
+from pretrain.errors import first_line
 from pretrain.report.runlog import RunLog
 from pretrain.tokens.tokenizer import VOCAB_SIZE
 from pretrain.train.optim import learning_rate as rate_at
 from pretrain.train.optim import parameter_groups
 
 common.require_for(__name__, "lightning", "transformers", "datasets")
-from lightning.pytorch import LightningModule, Trainer  # noqa: E402  (after the check that it is there)
+from lightning.pytorch import LightningModule, Trainer  # noqa: E402  (it is there)
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 from torchmetrics import MeanMetric  # noqa: E402  (it comes with Lightning)
 
 from adapters.lightning_data import LLMDataModule  # noqa: E402
 
 __all__ = ["BabyGPT", "LLMDataModule"]
 
-PRECISION = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
+BEST, LAST = "best.ckpt", "last.ckpt"
+
+PRECISION: dict[torch.dtype, Any] = {
+    torch.float32: "32-true",
+    torch.bfloat16: "bf16-mixed",
+    torch.float16: "16-mixed",
+}
 
 
 class BabyGPT(LightningModule):
@@ -76,12 +84,12 @@ class BabyGPT(LightningModule):
 
             model = AutoModelForCausalLM.from_pretrained(model)
             model.train()  # from_pretrained leaves it in eval mode, without dropout
-        self.model = model
+        self.model = cast(Any, model)
         if isinstance(model, GPT):
             model.gradient_checkpointing = gradient_checkpointing
         elif gradient_checkpointing:
-            model.config.use_cache = False
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            self.model.config.use_cache = False
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.step_loss = 0.0
         self.val_loss = MeanMetric()
 
@@ -119,8 +127,8 @@ class BabyGPT(LightningModule):
         self.log("val_loss", loss, prog_bar=True, sync_dist=True)
         self.log("val_perplexity", loss.exp(), sync_dist=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        h = self.hparams
+    def configure_optimizers(self) -> Any:
+        h: Any = self.hparams
         # Not fused: with mixed precision Lightning refuses to clip the gradients of a fused
         # optimizer.
         groups = parameter_groups(self.model, h.weight_decay)
@@ -130,7 +138,7 @@ class BabyGPT(LightningModule):
             max_lr=1.0,
             min_lr=(0.1 if h.min_lr is None else h.min_lr / h.learning_rate),
             warmup_iters=h.warmup_steps,
-            lr_decay_iters=h.decay_steps or self.trainer.estimated_stepping_batches,
+            lr_decay_iters=h.decay_steps or int(self.trainer.estimated_stepping_batches),
         )
         schedule = {
             "scheduler": LambdaLR(optimizer, rate),
@@ -166,7 +174,7 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        step = step + 1  # Lightning counts updates from 0
+        step = (step or 0) + 1  # Lightning counts updates from 0
         common.log_metrics(
             self.log,
             step,
@@ -184,26 +192,32 @@ def build_module(args: argparse.Namespace, given: set[str]) -> tuple[BabyGPT, in
     CheckpointError."""
     if args.model:
         torch.manual_seed(args.seed)
-        model, block_size = args.model, args.block_size
+        model: GPT | str = args.model
+        block_size = args.block_size
     else:
         model, block_size = common.build_model(args, given)
-    module = BabyGPT(
-        model,
-        learning_rate=args.learning_rate,
-        min_lr=args.min_lr,
-        warmup_steps=args.warmup_iters,
-        decay_steps=args.lr_decay_iters,
-        weight_decay=args.weight_decay,
-        betas=(args.beta1, args.beta2),
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
+    try:
+        module = BabyGPT(
+            model,
+            learning_rate=args.learning_rate,
+            min_lr=args.min_lr,
+            warmup_steps=args.warmup_iters,
+            decay_steps=args.lr_decay_iters,
+            weight_decay=args.weight_decay,
+            betas=(args.beta1, args.beta2),
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if not args.model:
+            raise
+        raise common.AdapterError(f"{args.model}: {first_line(error)}") from None
     config = module.model.config
     if args.model and (
         config.vocab_size < VOCAB_SIZE or config.max_position_embeddings < block_size
     ):
         raise common.AdapterError(
-            f"{args.model} has {config.vocab_size} tokens and {config.max_position_embeddings} positions;"
-            f" needed are GPT-2's {VOCAB_SIZE} tokens and --block_size {block_size}"
+            f"{args.model} has {config.vocab_size} tokens and {config.max_position_embeddings}"
+            f" positions; needed are GPT-2's {VOCAB_SIZE} tokens and --block_size {block_size}"
         )
     return module, block_size
 
@@ -213,28 +227,15 @@ def export(module: BabyGPT, folder: Path) -> None:
     if isinstance(module.model, GPT):
         huggingface.export(module.model, folder, overwrite=True)
         return
-    module.model.save_pretrained(folder)
-    build_tokenizer(module.model.config.max_position_embeddings).save_pretrained(folder)
+    with huggingface.new_export(folder, overwrite=True) as temporary:
+        module.model.save_pretrained(temporary)
+        save_tokenizer(temporary, module.model.config.max_position_embeddings)
 
 
-def train(args: argparse.Namespace, given: set[str]) -> None:
-    """The run that the flags describe."""
+def make_trainer(args: argparse.Namespace, logger: RunLogger) -> tuple[Trainer, ModelCheckpoint]:
+    """Lightning's Trainer for these flags, and its record of the best checkpoint."""
     device, out_dir = common.device(args), Path(args.out_dir)
-    last = out_dir / "last.ckpt"
     accumulation, interval = args.gradient_accumulation_steps, args.eval_interval or args.max_iters
-    module, block_size = build_module(args, given)
-    data = LLMDataModule(
-        None if args.text else args.data_dir,
-        text=args.text or (),
-        text_column=args.text_column,
-        batch_size=args.batch_size,
-        block_size=block_size,
-        accumulation_steps=accumulation,
-        eval_batches=args.eval_iters,
-        shuffle=args.shuffle,
-        seed=args.seed,
-    )
-    log = RunLog(out_dir, enabled=rank_zero_only.rank == 0)
     best = ModelCheckpoint(
         out_dir,
         "best",
@@ -256,25 +257,66 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
         limit_val_batches=None if args.eval_interval else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=args.log_interval,
-        logger=RunLogger(log),
-        callbacks=[SaveAtEnd(last), *[best] * (args.eval_interval > 0)],
+        logger=logger,
+        callbacks=[SaveAtEnd(out_dir / LAST), *[best] * (args.eval_interval > 0)],
         enable_checkpointing=args.eval_interval > 0,
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
     )
-    trainer.logger.tokens_per_step = (
-        accumulation * args.batch_size * block_size * trainer.world_size
+    return trainer, best
+
+
+def newest_checkpoint(out_dir: Path, run: dict[str, Any]) -> Path | None:
+    """last.ckpt, or best.ckpt where that is damaged; None where there is neither. Raises
+    StateError for checkpoints that are all damaged or of another run."""
+    found = states.newest([p for p in (out_dir / LAST, out_dir / BEST) if p.exists()])
+    if found:
+        saved = weights.read(found)
+        data = saved.get("LLMDataModule") if isinstance(saved, dict) else None
+        states.refuse_other_run(found, data.get("run") if isinstance(data, dict) else None, run)
+    return found
+
+
+def train(args: argparse.Namespace, given: set[str]) -> None:
+    """The run that the flags describe."""
+    out_dir = Path(args.out_dir)
+    module, block_size = build_module(args, given)
+    data = LLMDataModule(
+        None if args.text else args.data_dir,
+        text=args.text or (),
+        text_column=args.text_column,
+        batch_size=args.batch_size,
+        block_size=block_size,
+        accumulation_steps=args.gradient_accumulation_steps,
+        eval_batches=args.eval_iters,
+        shuffle=args.shuffle,
+        seed=args.seed,
     )
-    if trainer.is_global_zero:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    log.write("start", resumed_from=last if last.exists() else None, flags=vars(args))
-    trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+    log = RunLog(out_dir, enabled=getattr(rank_zero_only, "rank", 0) == 0)
+    logger = RunLogger(log)
+    trainer, best = make_trainer(args, logger)
+    described = common.describe_run(args, module.model, block_size, trainer.world_size)
+    logger.tokens_per_step = described["sequences_per_update"] * block_size
+    # Lightning restores its place in batches of one process: they must be what they were.
+    data.run = {
+        **{name: getattr(args, name) for name in ("batch_size", "gradient_accumulation_steps")},
+        **{"processes": trainer.world_size, **described},
+    }
+    last = newest_checkpoint(out_dir, data.run)
+    log.write("start", resumed_from=last, flags=vars(args))
+    trainer.fit(module, data, ckpt_path=last, weights_only=True)
     if trainer.is_global_zero:
         if best.best_model_path:
-            saved = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-            module.load_state_dict(saved["state_dict"])
+            load_best(module, Path(best.best_model_path))
         export(module, out_dir / "export")
     log.write("stop", step=trainer.global_step, reason="finished")
+
+
+def load_best(module: BabyGPT, path: Path) -> None:
+    """Give the module the weights of the best checkpoint; where that is damaged it keeps the
+    last."""
+    if states.newest([path, *path.parent.glob(LAST)]) == path:
+        module.load_state_dict(weights.read(path)["state_dict"])
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -284,18 +326,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help=".txt, .jsonl or .parquet files instead of shards; their last tenth is for evaluation")
     add("--text_column", default="text", help="of .jsonl and .parquet files (text)")
     add("--model", metavar="NAME",
-        help="continue any AutoModelForCausalLM with GPT-2's tokens, by name or folder, instead of our GPT")
+        help="continue any AutoModelForCausalLM with GPT-2's tokens, by name or folder, instead"
+             " of our GPT")
     # fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, given = common.parse(__doc__, argv, "out-lightning", add_flags)
-    try:
-        train(args, given)
-    except (*common.ERRORS, OSError) as error:  # OSError: of from_pretrained
-        print(f"lightning_module: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
-    return 0
+    return common.main(
+        "lightning_module",
+        argv,
+        train,
+        description=__doc__,
+        out_dir="out-lightning",
+        add_flags=add_flags,
+    )
 
 
 if __name__ == "__main__":

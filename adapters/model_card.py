@@ -179,8 +179,8 @@ def _summary(config: dict[str, Any], record: dict[str, Any]) -> str:
     )
     sizes = f"{config['n_layer']} layers, {config['n_head']} heads, width {config['n_embd']}"
     text = [
-        f"A language model of the GPT-2 architecture{size}: {sizes}, context {config['n_positions']},"
-        " with GPT-2's tokenizer."
+        f"A language model of the GPT-2 architecture{size}: {sizes}, context"
+        f" {config['n_positions']}, with GPT-2's tokenizer."
     ]
     if record.get("tokens") and "step" in record:
         reached = (
@@ -196,7 +196,8 @@ def _summary(config: dict[str, Any], record: dict[str, Any]) -> str:
                 "Training did not begin from scratch but with the weights of another model."
             )
     text.append(
-        "It continues texts; it was not tuned to follow instructions, and can be wrong or offensive."
+        "It continues texts; it was not tuned to follow instructions, and can be wrong or"
+        " offensive."
     )
     return " ".join(text)
 
@@ -234,8 +235,8 @@ def _evaluation(record: dict[str, Any]) -> str:
         rows = [_cells(row, columns) for row in shown]
         tables.append(_table([column.replace("_", " ") for column in columns], rows))
     if results := record.get("hellaswag"):
-        columns = ("step", "n", "acc", "acc_norm")
-        rows = [[style, *_cells(result, columns)] for style, result in results.items()]
+        shown_of = ("step", "n", "acc", "acc_norm")
+        rows = [[style, *_cells(result, shown_of)] for style, result in results.items()]
         tables.append(_table(["HellaSwag, style", "step", "examples", "acc", "acc norm"], rows))
     return "\n\n".join(tables)
 

@@ -7,9 +7,11 @@ with lock(folder / ".lock", "another process is writing here"):
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -62,6 +64,47 @@ def fsync_folder(folder: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_tree(folder: str | Path) -> None:
+    """Have all files below a folder, and their names, on the disk, whoever wrote them."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with open(Path(parent, name), "rb+") as file:  # to write: Windows syncs no other
+                os.fsync(file.fileno())
+        fsync_folder(Path(parent))
+
+
+def replace_folder(new: Path, name: Path) -> None:
+    """Give a complete folder the name of one that is there, which goes away as a whole.
+
+    On Linux the two change places in one step; elsewhere there is a moment in which nothing has the
+    name, and the old folder is `.name.old` beside it. Raises OSError.
+    """
+    sync_tree(new)
+    if not name.exists():
+        publish(new, name)
+        return
+    old = name.with_name(f".{name.name}.old")
+    if _exchange(new, name):
+        old = new
+    else:
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(name, old)
+        os.rename(new, name)
+    fsync_folder(name.parent)
+    shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names change places, which Linux can and Python does not offer; False where the
+    system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -32,8 +32,11 @@ def test_every_file_of_the_project_that_readme_names_exists():
     assert not missing
 
 
-def test_readme_names_every_module_of_pretrain_and_no_other():
+def test_readme_names_every_room_and_every_module_of_the_ground_floor_and_no_other():
     table = re.search(r"\| in `pretrain/` \| \|\n(.*?)\n\n", README, re.DOTALL).group(1)
-    named = re.findall(r"`([a-z_]+)/?`", table)
-    there = {path.stem for path in (ROOT / "pretrain").glob("*.py")} - {"__init__"} | {"report"}
-    assert sorted(named) == sorted(there)
+    rooms = re.findall(r"^\| `([a-z_]+)/`", table, re.MULTILINE)
+    there = {path.parent.name for path in (ROOT / "pretrain").glob("*/*.py")}
+    assert sorted(rooms) == sorted(there)
+    ground = re.findall(r"`([a-z_]+)`", table.splitlines()[-1])
+    modules = {path.stem for path in (ROOT / "pretrain").glob("*.py")} - {"__init__"}
+    assert sorted(ground) == sorted(modules)

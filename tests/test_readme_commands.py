@@ -53,7 +53,8 @@ SMALLER = {  # what is put behind the flags of a program
 }
 EXCEPTIONS = {  # the same for commands with these words in them
     "--verify": "",
-    "--config configs/gpt2-124m.yaml": f"{SIZES} {SHAPE} --total_batch_tokens 256 {LENGTH} {TRAINING}",
+    "--config configs/gpt2-124m.yaml": f"{SIZES} {SHAPE} --total_batch_tokens 256 {LENGTH} "
+    + TRAINING,
     "--eval_only": f"--eval_iters 2 --device cpu --hellaswag_data {ITEMS}",
     "--model my-gpt2": f"{RUN} --cpu",
 }
