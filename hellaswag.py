@@ -31,6 +31,7 @@ from pretrain.eval.hellaswag import (
     HellaSwagError,
     ensure_data,
     load_examples,
+    load_with_hash,
 )
 from pretrain.flags import COUNT
 from pretrain.report.known import KNOWN
@@ -111,13 +112,13 @@ def run(args: argparse.Namespace) -> None:
     try:
         check_outputs(args.output, args.per_example)
         # What is here comes first, so that its mistakes are not said after minutes of a download.
-        examples = load_examples(args.data, args.limit) if args.data else []
+        found = load_with_hash(args.data, args.limit) if args.data else None
 
         from pretrain.eval.loading import open_model, user_errors
 
         model, about = open_model(args.checkpoint, args.model, any_tokenizer=args.any_tokenizer)
         data = args.data or download(args.split)
-        examples = examples or load_examples(data, args.limit)
+        examples, sha256 = found or load_with_hash(data, args.limit)
     except UserError as error:
         error.on_all_ranks = True  # of this machine: one of them says so
         raise
@@ -126,11 +127,12 @@ def run(args: argparse.Namespace) -> None:
     from pretrain.eval import results
     from pretrain.eval.choices import BATCH_TOKENS
     from pretrain.eval.scoring import score_examples
-    from pretrain.report.runlog import provenance
+    from pretrain.eval.tasks import refuse_other_files
 
     with user_errors():
         ranks = Ranks.start(args.device)
         dtype = pick_dtype(args.dtype, ranks.device)
+    refuse_other_files(data, sha256, ranks)
     batch_tokens = args.batch_tokens or BATCH_TOKENS[ranks.device.type]
     result = score_examples(
         model.to(ranks.device),
@@ -153,17 +155,27 @@ def run(args: argparse.Namespace) -> None:
             "limit": args.limit,
         }
         described = {"model": about, "data": results.describe(data), "settings": settings}
-        # Files first: a reader of stdout that goes away must not cost them.
-        if args.output:
-            record = {"task": "hellaswag", **result.summary(), **described, **provenance()}
-            files.write_json(args.output, record)
-        if args.per_example:
-            lines = results.json_lines(results.per_example(examples, result))
-            files.write_text(args.per_example, lines)
+        write_results(args, examples, result, described)
         for i in range(min(args.show, result.n)):
             print(results.example_lines(examples[i], result, i))
         print(results.report_lines(result, **described))
     ranks.stop()
+
+
+def write_results(
+    args: argparse.Namespace, examples: list[Example], result: "Result", described: dict[str, Any]
+) -> None:
+    """--output and --per_example, before anything is printed: a reader of stdout that goes away
+    must not cost them."""
+    from pretrain.eval import results
+    from pretrain.report.runlog import provenance
+
+    if args.output:
+        record = {"task": "hellaswag", **result.summary(), **described, **provenance()}
+        files.write_json(args.output, record)
+    if args.per_example:
+        lines = results.json_lines(results.per_example(examples, result))
+        files.write_text(args.per_example, lines)
 
 
 def check_outputs(*paths: Path | None) -> None:

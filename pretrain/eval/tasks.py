@@ -105,14 +105,22 @@ class MultipleChoice:
         """The examples, by every rank from the disk of its node."""
         ranks.together(load_encoding)  # so that a rank without it does not leave the others waiting
         examples, sha256 = ranks.together(load_with_hash, self._file, self.limit)
-        if len(set(ranks.gather(sha256))) > 1:
-            raise UserError(f"{self._file}: not the same file on all nodes; copy one to all")
+        refuse_other_files(self._file, sha256, ranks)
         return examples
 
     def _leave_out(self, problem: str, ranks: Ranks) -> None:
         self._is_left_out = True
         if ranks.is_first:
             print(f"warning: {title(self.name)} is left out: {problem}", file=sys.stderr)
+
+
+def refuse_other_files(path: Path, sha256: str, ranks: Ranks) -> None:
+    """Called by all ranks: UserError where a node has another file than the others, whose losses
+    could not be added up."""
+    if len(set(ranks.gather(sha256))) > 1:
+        error = UserError(f"{path}: not the same file on all nodes; copy one to all")
+        error.on_all_ranks = True
+        raise error
 
 
 class HellaSwag(MultipleChoice):
