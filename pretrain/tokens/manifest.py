@@ -304,7 +304,7 @@ def _check_source(source: dict) -> None:
     """An empty one is a folder whose origin nobody recorded: it can be read and not continued."""
     if not source:
         return
-    if source.get("kind") not in SOURCES:
+    if source.get("kind") not in tuple(SOURCES):  # a list has no hash to look up
         raise ValueError(f"kind of source is {_shown(source.get('kind'))}")
     fields = SOURCES[source["kind"]] | {"kind": _is_text}
     _check_fields(source, fields, "source", optional=True)
@@ -329,7 +329,7 @@ def _check_shard(shard: Any, index: int) -> None:
 def _check_positions(record: dict) -> None:
     """Positions lie in the source's files, and none before the one of the shard before it."""
     positions = [shard["first"] for shard in record["shards"]]
-    if record["next"] is not None:
+    if record.get("next") is not None:
         positions.append(record["next"])
     elif record["shards"] and not record["complete"]:
         raise ValueError("it is not complete, and has no next position")
