@@ -263,7 +263,8 @@ def compare(corpus: Path, scratch: Path, processes: int, repeats: int) -> bool:
         cpu_seconds = statistics.median(each[role].cpu_seconds for each in rounds)
         rate = f"{tokens[1] / seconds / 1e6:5.1f} M tokens/s"
         print(
-            f"{role:10s} {seconds:6.2f} s, {rate}, {cpu_seconds:6.2f} s of CPU, {peaks[role]:.2f} GB at most"
+            f"{role:10s} {seconds:6.2f} s, {rate}, {cpu_seconds:6.2f} s of CPU, "
+            f"{peaks[role]:.2f} GB at most"
         )
     speedup = statistics.median(each["baseline"].seconds / each[OURS].seconds for each in rounds)
     share = statistics.median(each["ceiling"].seconds / each[OURS].seconds for each in rounds)

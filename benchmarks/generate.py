@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     plain, slow = timed(recompute, args.new_tokens)
     same = torch.equal(cached, plain)
     print(
-        f"{model.num_parameters() / 1e6:.0f}M parameters, float32 on {distributed.device_name(device)},"
+        f"{model.num_parameters() / 1e6:.0f}M parameters, float32 on"
+        f" {distributed.device_name(device)},"
         f" {args.new_tokens} tokens after a prompt of {args.prompt_tokens}"
     )
     print(f"  everything recomputed  {slow:8.1f} tokens/s")

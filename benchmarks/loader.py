@@ -101,7 +101,8 @@ def report_boundaries(paths: list[Path]) -> None:
     for name, seconds in (("steps near a shard boundary", near), ("all other steps", far)):
         median, slowest = np.median(seconds) * 1e6, max(seconds) * 1e6
         print(
-            f"{name:27s} {len(seconds):6,} steps, median {median:4.0f} us, slowest {slowest:5.0f} us"
+            f"{name:27s} {len(seconds):6,} steps, median {median:4.0f} us,"
+            f" slowest {slowest:5.0f} us"
         )
 
 

@@ -234,7 +234,7 @@ def suggestion(word: str, known: Collection[str]) -> str:
 
 
 def number(
-    kind: Callable[[str], float],
+    kind: Callable[[Any], float],
     *,
     minimum: float,
     maximum: float = math.inf,

@@ -65,7 +65,9 @@ def top_level(path):
 @pytest.mark.parametrize("room", TORCH_FREE)
 def test_the_rooms_of_the_data_pipeline_start_without_torch(room):
     names = ", ".join(name for name in modules(room) if not name.endswith(".__main__"))
-    code = f"import sys, {names}; sys.exit(', '.join({{'torch', 'datasets'}} & set(sys.modules)) or 0)"
+    code = (
+        f"import sys, {names}; sys.exit(', '.join({{'torch', 'datasets'}} & set(sys.modules)) or 0)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -436,7 +436,8 @@ def in_a_later_save():
     os.fsync = fsync_or_die
 
 for kill in (in_a_step, in_a_save, in_a_later_save):
-    command = {flags!r} + ["--checkpoint_interval", "3", "--out_dir", os.path.join({folder!r}, kill.__name__)]
+    out_dir = os.path.join({folder!r}, kill.__name__)
+    command = {flags!r} + ["--checkpoint_interval", "3", "--out_dir", out_dir]
     for attempt in range(2):
         child = os.fork()
         if child == 0:

@@ -95,7 +95,7 @@ class MultipleChoice:
         except (UserError, TokenizerUnavailable) as error:
             self._leave_out(str(error), ranks)
             return None
-        return result and result.summary()
+        return result.summary() if result else None
 
     def _is_ready(self, ranks: Ranks) -> bool:
         """Whether the file is where `_file` says, on every node; the same answer on every rank."""

@@ -13,10 +13,11 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.distributed import Ranks
 from pretrain.eval.generation import evaluating
@@ -40,7 +41,7 @@ def spread(windows: TokenWindows, count: int) -> np.ndarray:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: Any,  # GPT, or an architecture with its score()
     sets: dict[str, tuple[TokenWindows, np.ndarray]],
     *,
     batch_size: int,

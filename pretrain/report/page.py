@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ def html_page(runs: list[Run], found: list[tuple[Run, Finding]], pictures: list[
     last = max((number(run.records[-1].get("time")) for run in runs), default=math.nan)
     as_of = ""
     if math.isfinite(last):
-        as_of = f" · log until {datetime.fromtimestamp(last, timezone.utc):%Y-%m-%d %H:%M} UTC"
+        as_of = f" · log until {datetime.fromtimestamp(last, UTC):%Y-%m-%d %H:%M} UTC"
     curves = "".join(map(_picture, pictures)) or '<p class="soft">Nothing to draw yet.</p>'
     parts = [
         f'<h1>Training report</h1><p class="soft names">{names}{as_of}</p>',

@@ -36,8 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
              "the command line win")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, default="gpt2",
-        help="architecture: gpt2 as published, or modern, which reaches its loss with a fraction of "
-             "the tokens under --optimizer muon: see pretrain/models/modern.py (%(default)s)")
+        help="architecture: gpt2 as published, or modern, which reaches its loss with a fraction "
+             "of the tokens under --optimizer muon: see pretrain/models/modern.py (%(default)s)")
     add("--n_layer", type=COUNT, default=12,
         help="blocks (%(default)s; gpt2-medium 24, large 36, xl 48)")
     add("--n_head", type=COUNT, default=12,

@@ -78,7 +78,8 @@ def after_rename():
         die()
     os.replace = rename_and_die
 
-old, new = ({{"format": 1, "optimizer": 0, "step": n, "w": torch.full((100, 100), float(n))}} for n in (1, 2))
+weights = (torch.full((100, 100), float(n)) for n in (1, 2))
+old, new = ({{"format": 1, "optimizer": 0, "step": n, "w": w}} for n, w in enumerate(weights, 1))
 for moment in (in_write, before_sync, before_rename, after_rename):
     path = os.path.join(folder, moment.__name__ + ".pt")
     checkpoint.save(path, old)
