@@ -172,7 +172,7 @@ def from_command_line(argv: Sequence[str] | None) -> TrainSettings | None:
 def _number(name: str, default: int) -> int:
     """What torchrun set; what else stands there is refused where the ranks meet."""
     text = os.environ.get(name, "")
-    return int(text) if text.isascii() and text.isdecimal() else default
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else default
 
 
 def with_length(settings: TrainSettings, steps_per_epoch: float) -> TrainSettings:
