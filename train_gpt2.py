@@ -21,7 +21,7 @@ Exit status: 0 finished, 1 stopped by an error, 2 the flags are wrong, 128 + n s
 
 import sys
 
-from pretrain.errors import program, say
+from pretrain.errors import UserError, program, say
 from pretrain.train.settings import SettingsError, TrainSettings, from_command_line, with_length
 
 # Torch takes seconds to load: --help and wrong flags are answered before it is.
@@ -30,15 +30,17 @@ if __name__ == "__main__" and from_command_line(None) is None:
 
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, load_checkpoint
@@ -52,10 +54,11 @@ from pretrain.tokens.owntext import prepare
 from pretrain.tokens.shards import data_fingerprint, find_shards
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError
+from pretrain.train.describe import describe
 from pretrain.train.keytokens import key_token_weights, load_key_tokens
 from pretrain.train.loader import ShardLoader, TokenWindows, verify_data
 from pretrain.train.optim import SCHEDULES, make_optimizer
-from pretrain.train.run import Measured, Run, describe
+from pretrain.train.run import Measured, Run
 from pretrain.train.state import TrainState, read_on_first
 from pretrain.train.stopping import FiniteGuard
 from pretrain.weights import Damaged
@@ -83,57 +86,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(settings: TrainSettings, ranks: Ranks) -> int:
     """The run that the settings describe. Returns the exit status."""
     with Run(settings, ranks) as run:
-        device = ranks.device
-        dtype = distributed.pick_dtype(settings.dtype, device)
-        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-        # Assemble model, data and optimizer.
         model, block_size = initial_model(run)
-        settings, loader = open_data(run, block_size, model.config.vocab_size)
-        windows = evaluated_windows(settings, loader, model.config.vocab_size)
-        measure = evaluation(run, model, windows, dtype, autocast)
+        loader, windows = open_data(run, block_size, model.config.vocab_size)
         if settings.eval_only:
-            scores, tasks = measure()
-            run.say(f"{run.path or settings.init_from}\n{scores_block(scores, tasks)}")
-            return 0
-        optimizer = make_optimizer(
-            model,
-            name=settings.optimizer,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            betas=(settings.beta1, settings.beta2),
-        )
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+            return evaluate_alone(run, model, windows)
+        state = TrainState(model, optimizer_for(run, model), scaler_for(run))
+        forward = begin(run, state, loader, windows)
+        if forward is None:
+            return 0  # it was finished before
+        settings, optimizer, scaler = run.settings, state.optimizer, state.scaler
+        rate, weigh, autocast = schedule(settings), weigher(run), precision(run)[1]
         guard = FiniteGuard(ranks, scaler)
-        rate = schedule(settings)
-        key_tokens = (
-            load_key_tokens(settings.key_tokens).to(device) if settings.key_tokens else None
-        )
+        prefetched: Any = loader.prefetch(state.step, device=ranks.device)
+        batches = run.enter(closing(prefetched))
 
-        # Open the run: where it goes on, and what is about to happen.
-        state = TrainState(model, optimizer, scaler)
-        identity = identity_of(settings, model, loader)
-        run.restore(settings, state, identity, models.architecture_of(model))
-        if run.was_finished():
-            return 0
-        forward, is_compiled = wrapped(run, model)
-        setup = describe(settings, model, loader, identity=identity, ranks=ranks, dtype=dtype) | {
-            "compiled": is_compiled,
-            "last_learning_rate": rate(settings.max_iters - 1),
-            "evaluated_windows": {name: len(numbers) for name, (_, numbers) in windows.items()},
-        }
-        run.start(setup, measure if windows else None, sampler(settings, model, autocast))
-
-        batches = run.enter(closing(loader.prefetch(state.step, device=device)))
         run.evaluate_if_due()
         while not run.is_over():
             # One update
             # ----------------------------------------------------------------------------------
-            x, y = next(batches)  # (micro_steps, batch_size, block_size)
+            x, y = next(batches)  # int64 (micro_steps, batch_size, block_size)
             state.learning_rate = rate(state.step)
             for group in optimizer.param_groups:
                 group["lr"] = state.learning_rate * group["lr_scale"]
-            loss = torch.zeros((), device=device)
+            loss = torch.zeros((), device=ranks.device)
             for micro_step in range(len(x)):
                 if run.is_told_to_stop():
                     break
@@ -142,17 +117,14 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
                 # Gradients are exchanged in the last backward alone; DDP asks in forward.
                 if ranks.world_size > 1:
                     forward.require_backward_grad_sync = micro_step == len(x) - 1
-                weights = None  # of the sequences in the loss; None: all alike
-                if key_tokens is not None:
-                    weights = key_token_weights(x[micro_step], key_tokens, settings.key_token_alpha)
                 with autocast:
-                    _, micro_loss = forward(x[micro_step], y[micro_step], weights)
+                    _, micro_loss = forward(x[micro_step], y[micro_step], weigh(x[micro_step]))
                 # nan for a loss that is not finite: so its gradients tell all ranks of it.
                 micro_loss = micro_loss * guard.loss_weight(micro_loss, len(x))
                 scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
             if run.signal:
-                break  # nothing of this step is in the weights: it is made anew when the run goes on
+                break  # nothing of this step is in the weights: it is made anew by the next run
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
             guard.check(state.step, loss, grad_norm)
@@ -222,26 +194,13 @@ def build_model(settings: TrainSettings, weights: dict[str, Any], where: str) ->
         raise CheckpointError(f"{where}: {error}") from None
 
 
-def schedule(settings: TrainSettings) -> Callable[[int], float]:
-    """The learning rate of an update as a function of the updates before it."""
-    rate = partial(
-        SCHEDULES[settings.schedule],
-        max_lr=settings.learning_rate,
-        min_lr=settings.min_lr,
-        warmup_iters=settings.warmup_iters,
-        lr_decay_iters=settings.lr_decay_iters,
-    )
-    is_trapezoid = settings.schedule == "trapezoid"
-    return partial(rate, decay_share=settings.decay_share) if is_trapezoid else rate
-
-
-def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[TrainSettings, ShardLoader]:
-    """The batches to train on, and the settings with what follows from the data: where it is, and
-    how many updates --epochs are."""
+def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[ShardLoader, Windows]:
+    """The batches to train on, and by name the windows that evaluations look at, with their
+    numbers. The run's settings learn what follows from the data: where it lies, and how many
+    updates --epochs are."""
     settings, ranks = run.settings, run.ranks
     if settings.data:
-        builder = ranks.is_node_first  # the others of its machine wait for it
-        folder = prepare(settings.data, run.out_dir / "data", builder=builder)
+        folder = prepare_text(run, settings.data)
         settings = replace(settings, data_dir=str(folder))
     # Each node may have a disk of its own: its processes share out what lies there.
     here = ranks.node_ranks
@@ -260,7 +219,29 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[TrainSettings
         vocab_size=vocab_size,
         pin_memory=ranks.device.type == "cuda",
     )
-    return with_length(settings, loader.steps_per_epoch), loader
+    run.settings = with_length(settings, loader.steps_per_epoch)
+    if not settings.is_evaluated:
+        return loader, {}
+    shards, count = find_shards(settings.data_dir, "val"), settings.eval_iters * settings.batch_size
+    val = TokenWindows(shards, block_size=block_size, vocab_size=vocab_size)
+    return loader, {
+        "val": (val, validation.first(val, count)),
+        "train": (loader.windows, validation.spread(loader.windows, count)),
+    }
+
+
+def prepare_text(run: Run, paths: list[str]) -> Path:
+    """The shards of --data in out_dir, made by one process of each node. Where nodes share a disk
+    one of them makes the shards, and the others find them once its lock is free."""
+    ranks = run.ranks
+    while True:
+        try:
+            return prepare(paths, run.out_dir / "data", builder=ranks.is_node_first)
+        except UserError as error:
+            is_shared = len(ranks.node_ranks) < ranks.world_size and ranks.is_node_first
+            if not (is_shared and "another process" in str(error)):
+                raise
+            time.sleep(1)
 
 
 def identity_of(settings: TrainSettings, model: GPT, loader: ShardLoader) -> dict[str, Any]:
@@ -284,25 +265,11 @@ def identity_of(settings: TrainSettings, model: GPT, loader: ShardLoader) -> dic
     }
 
 
-def evaluated_windows(settings: TrainSettings, loader: ShardLoader, vocab_size: int) -> Windows:
-    """By name the windows that evaluations look at, with their numbers: the same each time."""
-    if not settings.is_evaluated:
-        return {}
-    shards = find_shards(settings.data_dir, "val")
-    val = TokenWindows(shards, block_size=loader.windows.block_size, vocab_size=vocab_size)
-    count, train = settings.eval_iters * settings.batch_size, loader.windows
-    return {
-        "val": (val, validation.first(val, count)),
-        "train": (train, validation.spread(train, count)),
-    }
-
-
-def evaluation(
-    run: Run, model: GPT, sets: Windows, dtype: torch.dtype, autocast: torch.autocast
-) -> Callable[[], Measured]:
+def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
     """A function that measures the model as it is then. It uses `model`, which is neither compiled
     nor wrapped: the same weights, and any shape."""
     settings, ranks = run.settings, run.ranks
+    dtype, autocast = precision(run)
     tasks: list[Task] = []
     if sets and settings.hellaswag:
         is_chosen = "hellaswag_limit" in settings.given or ranks.device.type == "cuda"
@@ -329,10 +296,15 @@ def evaluation(
     return measure
 
 
-def sampler(
-    settings: TrainSettings, model: GPT, autocast: torch.autocast
-) -> Callable[[], dict[str, Any] | None]:
+def evaluate_alone(run: Run, model: GPT, windows: Windows) -> int:
+    scores, tasks = evaluation(run, model, windows)()
+    run.say(f"{run.path or run.settings.init_from}\n{scores_block(scores, tasks)}")
+    return 0
+
+
+def sampler(run: Run, model: GPT) -> Callable[[], dict[str, Any] | None]:
     """A function that lets the model continue --sample_prompt: the values of a "sample" record."""
+    settings, autocast = run.settings, precision(run)[1]
     samples = TrainingSamples(settings.sample_prompt, settings.sample_tokens, settings.seed)
 
     def sample() -> dict[str, Any] | None:
@@ -343,15 +315,82 @@ def sampler(
     return sample
 
 
-def wrapped(run: Run, model: GPT) -> tuple[nn.Module, bool]:
+def precision(run: Run) -> tuple[torch.dtype, torch.autocast]:
+    """The number format of the computation, and the context in which it is used."""
+    device = run.ranks.device
+    dtype = distributed.pick_dtype(run.settings.dtype, device)
+    return dtype, torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def optimizer_for(run: Run, model: GPT) -> Any:
+    settings = run.settings
+    return make_optimizer(
+        model,
+        name=settings.optimizer,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        betas=(settings.beta1, settings.beta2),
+    )
+
+
+def scaler_for(run: Run) -> torch.amp.GradScaler:
+    """float16 holds small gradients only when the loss is scaled; elsewhere this does nothing."""
+    return torch.amp.GradScaler(run.ranks.device.type, enabled=precision(run)[0] == torch.float16)
+
+
+def schedule(settings: TrainSettings) -> Callable[[int], float]:
+    """The learning rate of the update that follows step."""
+    rate = partial(
+        SCHEDULES[settings.schedule],
+        max_lr=settings.learning_rate,
+        min_lr=settings.min_lr,
+        warmup_iters=settings.warmup_iters,
+        lr_decay_iters=settings.lr_decay_iters,
+    )
+    is_trapezoid = settings.schedule == "trapezoid"
+    return partial(rate, decay_share=settings.decay_share) if is_trapezoid else rate
+
+
+def weigher(run: Run) -> Callable[[Tensor], Tensor | None]:
+    """From inputs int64 (B, T) to the weights (B,) of sequences in the loss; None: all alike."""
+    settings = run.settings
+    if not settings.key_tokens:
+        return lambda inputs: None
+    key_tokens = load_key_tokens(settings.key_tokens).to(run.ranks.device)
+    return lambda inputs: key_token_weights(inputs, key_tokens, settings.key_token_alpha)
+
+
+def begin(run: Run, state: TrainState, loader: ShardLoader, windows: Windows) -> Any:
+    """Bring the state to where the run goes on, and say what is about to happen. Returns the model
+    as updates call it; None where nothing is left to do."""
+    settings, model = run.settings, state.model
+    identity = identity_of(settings, model, loader)
+    run.restore(settings, state, identity, models.architecture_of(model))
+    if run.was_finished():
+        return None
+    forward, is_compiled = wrapped(run, model)
+    setup = describe(
+        settings, model, loader, identity=identity, ranks=run.ranks, dtype=precision(run)[0]
+    )
+    setup |= {
+        "compiled": is_compiled,
+        "last_learning_rate": schedule(settings)(settings.max_iters - 1),
+        "evaluated_windows": {name: len(numbers) for name, (_, numbers) in windows.items()},
+    }
+    measure = evaluation(run, model, windows) if windows else None
+    run.start(setup, measure, sampler(run, model))
+    return forward
+
+
+def wrapped(run: Run, model: GPT) -> tuple[Any, bool]:
     """The model as updates call it, compiled and with its gradients exchanged between ranks where
     that is wanted and possible, and whether it is compiled."""
-    device, is_compiled = run.ranks.device, run.settings.compile
-    is_compiled = device.type == "cuda" if is_compiled is None else is_compiled
+    device, is_wanted = run.ranks.device, run.settings.compile
+    is_compiled = device.type == "cuda" if is_wanted is None else is_wanted
     if is_compiled and (problem := distributed.compiler_problem(device)):
         run.warn(f"--compile left out: {problem}")
         is_compiled = False
-    forward = torch.compile(model) if is_compiled else model
+    forward: Any = torch.compile(model) if is_compiled else model
     if run.ranks.world_size > 1:
         forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
     return forward, is_compiled

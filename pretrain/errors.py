@@ -72,7 +72,7 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
     for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         with contextlib.suppress(AttributeError, ValueError, OSError):
-            stream.reconfigure(errors=errors)
+            stream.reconfigure(errors=errors)  # type: ignore[union-attr]
 
 
 class _Lasting:

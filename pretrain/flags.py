@@ -43,8 +43,7 @@ def parse(
             flags = kept
     known = [name for action in parser._actions for name in action.option_strings]
     for word in unknown:
-        near = difflib.get_close_matches(word.split("=")[0], known, n=1)
-        problems.append(f"{word}: unknown" + (f" (did you mean {near[0]}?)" if near else ""))
+        problems.append(f"{word}: unknown{suggestion(word.split('=')[0], known)}")
     given = {name: value for name, value in vars(found).items() if value is not _UNSET}
     return argparse.Namespace(**{**defaults, **given}), set(given), problems
 
@@ -92,10 +91,7 @@ def _read_config(path: str, parser: argparse.ArgumentParser) -> tuple[list[str],
     words, problems = [], []
     for name, value in settings.items():
         if name not in actions:
-            near = difflib.get_close_matches(str(name), actions, n=1)
-            problems.append(
-                f"{path}: {name}: unknown" + (f" (did you mean {near[0]}?)" if near else "")
-            )
+            problems.append(f"{path}: {name}: unknown{suggestion(str(name), actions)}")
         elif isinstance(value, list) and actions[name].nargs:
             words += [f"--{name}", *map(str, value)]
         elif value is None or isinstance(value, dict | list):
@@ -134,6 +130,52 @@ def _without(argv: list[str], names: list[str]) -> list[str]:
         if not inside:
             result.append(word)
     return result
+
+
+# What people call a flag, in other programs or in short, and what it is called here.
+SYNONYMS = {
+    name: flag
+    for flag, names in {
+        "learning_rate": "lr max_lr peak_lr step_size",
+        "min_lr": "lr_min final_lr",
+        "batch_size": "batch bs micro_batch_size per_device_train_batch_size device_batch_size",
+        "total_batch_tokens": "total_batch_size global_batch_size",
+        "gradient_accumulation_steps": "accumulation grad_accum accum accumulate_grad_batches",
+        "max_iters": "steps max_steps iters iterations num_iterations train_steps",
+        "epochs": "epoch num_epochs n_epochs num_train_epochs max_epochs",
+        "warmup_iters": "warmup warmup_steps num_warmup_steps",
+        "weight_decay": "wd decay",
+        "grad_clip": "clip max_grad_norm gradient_clip_val",
+        "n_layer": "layers n_layers num_layers depth num_hidden_layers",
+        "n_head": "heads n_heads num_heads num_attention_heads",
+        "n_embd": "width d_model dim hidden_size embd n_embed",
+        "block_size": "context context_length seq_len sequence_length max_length seq_length",
+        "out_dir": "output output_dir out save_dir",
+        "data_dir": "dataset_dir shards",
+        "data": "text input train_file",
+        "resume": "resume_from resume_from_checkpoint continue",
+        "eval_interval": "eval_steps eval_every val_every",
+        "log_interval": "logging_steps log_every",
+        "seed": "random_seed",
+        "max_new_tokens": "tokens length num_tokens",
+        "temperature": "temp",
+    }.items()
+    for name in names.split()
+}
+
+
+def suggestion(word: str, known: Collection[str]) -> str:
+    """What to add to a message on an unknown flag: the known one that is meant, if any. known:
+    flags with or without their dashes, as `word` has them.
+
+    >>> suggestion("--lr", ["--learning_rate", "--min_lr"])
+    ' (did you mean --learning_rate?)'
+    """
+    bare = word.lstrip("-").replace("-", "_").lower()
+    flags = {flag.lstrip("-"): flag for flag in known}
+    near = [name for name in (bare, SYNONYMS.get(bare)) if name in flags]
+    near += difflib.get_close_matches(bare, flags, n=1)
+    return f" (did you mean {flags[near[0]]}?)" if near else ""
 
 
 def number(

@@ -28,7 +28,8 @@ def parsed(text, folder, *argv):
 
 
 def test_a_file_sets_flags_as_the_command_line_does_and_the_command_line_wins(tmp_path):
-    text = "batch_size: 16\nlearning_rate: 6e-4\ncompile: false\nbias: no\ndata: [a.txt, b.txt]\nout_dir: x"
+    text = "batch_size: 16\nlearning_rate: 6e-4\ncompile: false\nbias: no\n"
+    text += "data: [a.txt, b.txt]\nout_dir: x"
     args, given, problems = parsed(text, tmp_path, "--batch_size", "4")
     assert problems == []
     assert (args.batch_size, args.learning_rate, args.compile, args.bias) == (4, 6e-4, False, False)
@@ -39,7 +40,8 @@ def test_a_file_sets_flags_as_the_command_line_does_and_the_command_line_wins(tm
 def test_each_mistake_in_a_file_is_named_with_file_and_key_beside_those_of_the_command_line(
     tmp_path,
 ):
-    text = "bach_size: 16\nn_layer: many\ndropout: 2\nn_head:\nseed: [1, 2]\nshuffle: maybe\nconfig: a.yaml"
+    text = "bach_size: 16\nn_layer: many\ndropout: 2\nn_head:\nseed: [1, 2]\n"
+    text += "shuffle: maybe\nconfig: a.yaml"
     args, _, problems = parsed(text, tmp_path, "--n_embd", "-1")
     file = str(tmp_path / "preset.yaml")
     assert len(problems) == 8 and sum(problem.startswith(f"{file}: ") for problem in problems) == 7
@@ -195,3 +197,23 @@ def test_a_run_does_not_go_on_with_another_stride(data, tmp_path, capfd):
     assert train_gpt2.main(argv) == 0
     assert train_gpt2.main([*argv, "--max_iters", "2", "--stride", "8"]) == 1
     assert "stride: 16 in the checkpoint, 8 now" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "word, flag",
+    [
+        ("--lr", "--learning_rate"),
+        ("--batch", "--batch_size"),
+        ("--epoch", "--epochs"),
+        ("--num-layers", "--n_layer"),
+        ("--context_length=512", "--block_size"),
+        ("--max-iters", "--max_iters"),
+        ("--Learning_Rate", "--learning_rate"),
+    ],
+)
+def test_what_a_flag_is_called_elsewhere_leads_to_its_name_here(tmp_path, word, flag):
+    _, _, problems = parse_with_config(build_parser(), [word, "1"])
+    assert problems[0] == f"{word}: unknown (did you mean {flag}?)"
+    key = word.lstrip("-").split("=")[0]
+    _, _, problems = parsed(f"{key}: 1", tmp_path)
+    assert problems[0].endswith(f"{key}: unknown (did you mean {flag.lstrip('-')}?)")

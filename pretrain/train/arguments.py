@@ -22,43 +22,50 @@ RIVALS = {
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_gpt2.py",
-        usage="[torchrun --nproc_per_node=N] train_gpt2.py [--data_dir DIR] [--out_dir DIR] [flags]",
-        description="Train GPT-2 on token shards. The same command again continues where it stopped.",
+        usage="[torchrun --nproc_per_node=N] train_gpt2.py [--data_dir DIR] [--out_dir DIR] "
+        "[flags]",
+        description="Train GPT-2 on token shards. The same command again continues where it "
+        "stopped.",
         exit_on_error=False,
         allow_abbrev=False,
     )
     switch = argparse.BooleanOptionalAction
     # fmt: off
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of flags, such as those in configs/: "
-        "lines like batch_size: 16; flags of the command line win")
+    parser.add_argument("--config", metavar="FILE",
+        help="a YAML file of flags, such as those in configs/: lines like batch_size: 16; flags of "
+             "the command line win")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, default="gpt2",
-        help="architecture: gpt2 as published, or modern, which reaches its loss with a fraction of the "
-             "tokens under --optimizer muon: see pretrain/models/modern.py (%(default)s)")
-    add("--n_layer", type=COUNT, default=12, help="blocks (%(default)s; gpt2-medium 24, large 36, xl 48)")
+        help="architecture: gpt2 as published, or modern, which under --optimizer muon reaches its "
+             "loss with a fraction of the tokens: see pretrain/models/modern.py (%(default)s)")
+    add("--n_layer", type=COUNT, default=12,
+        help="blocks (%(default)s; gpt2-medium 24, large 36, xl 48)")
     add("--n_head", type=COUNT, default=12,
-        help="attention heads (%(default)s; 16, 20, 25; with --model modern one for 128 of --n_embd)")
+        help="attention heads (%(default)s; 16, 20, 25; with --model modern --n_embd / 128)")
     add("--n_embd", type=COUNT, default=768, help="width (%(default)s; 1024, 1280, 1600)")
     add("--block_size", type=COUNT, default=1024, help="tokens of context (%(default)s)")
     add("--dropout", type=SHARE, default=0.0,
         help="0 for pretraining, 0.1 or more for small data (%(default)s)")
     add("--bias", action=switch, default=True, help="biases, as GPT-2 has them (on)")
     add("--init_from", default="scratch", metavar="WHAT",
-        help="weights to begin with: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a checkpoint of this "
-             "program, or a folder in Hugging Face's format; sizes come with the weights (scratch)")
+        help="weights to begin with: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a checkpoint "
+             "of this program, or a folder in Hugging Face's format; sizes come with the weights "
+             "(scratch)")
     add = parser.add_argument_group("data").add_argument
     add("--data_dir", default=DEFAULT_DATA_DIR, metavar="DIR", help=f"shards ({DEFAULT_DATA_DIR})")
     add("--data", nargs="+", metavar="PATH",
-        help="one's own text instead: files, folders or patterns as for fineweb.py --source. Their shards go "
-             "to OUT_DIR/data: the first tenth of the tokens for validation, the rest for training. A "
-             "folder of shards is taken as it is")
+        help="one's own text instead: files, folders or patterns as for fineweb.py --source. Their "
+             "shards go to OUT_DIR/data: the first tenth of the tokens for validation, the rest "
+             "for training. A folder of shards is taken as it is")
     add("--stride", type=AMOUNT, default=0, metavar="N",
-        help="tokens between the starts of training windows: half of --block_size gives a small text twice "
-             "as many windows, that overlap; validation windows never do (%(default)s: --block_size)")
-    add("--shuffle", action=switch, default=True, help="a new order every epoch; else file order (on)")
+        help="tokens between the starts of training windows: half of --block_size gives a small "
+             "text twice as many windows, that overlap; validation windows never do (%(default)s: "
+             "--block_size)")
+    add("--shuffle", action=switch, default=True,
+        help="a new order every epoch; else file order (on)")
     add("--verify_data", action=switch, default=None,
-        help="hash all shards before starting. Headers and sizes are always checked, and ids as they are "
-             "read (on for up to 2 GB)")
+        help="hash all shards before starting. Headers and sizes are always checked, and ids as "
+             "they are read (on for up to 2 GB)")
     add = parser.add_argument_group("batch").add_argument
     add("--batch_size", type=COUNT, default=8,
         help="sequences per process and micro-step; the first thing to lower when memory runs out "
@@ -66,25 +73,26 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_accumulation_steps", type=COUNT, default=5, metavar="N",
         help="micro-steps per update, per process (%(default)s)")
     add("--total_batch_tokens", type=AMOUNT, default=0, metavar="N",
-        help="tokens per update over all processes, for instance 524288; the micro-steps follow from it "
-             "(%(default)s: the batch follows from the two flags above)")
+        help="tokens per update over all processes, for instance 524288; the micro-steps follow "
+             "from it (%(default)s: the batch follows from the two flags above)")
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", choices=OPTIMIZERS, default="adamw",
-        help="muon: Muon for the matrices of the blocks, AdamW for the rest, whose rates follow "
-             "--learning_rate in proportion; flags that are not given are then --learning_rate 0.025 "
-             "--min_lr 0 --warmup_iters 0 --weight_decay 0.05 --beta1 0.8 --grad_clip 0 (%(default)s)")
+        help="muon: Muon for the matrices of the blocks, AdamW for the rest, at rates proportional "
+             "to --learning_rate; unless given, that is then 0.025, --weight_decay 0.05, --beta1 "
+             "0.8, and --min_lr, --warmup_iters and --grad_clip are 0 (%(default)s)")
     add("--schedule", choices=SCHEDULES, default="cosine",
-        help="of the learning rate after the warmup: cosine, or trapezoid: constant, then a straight line "
-             "down to --min_lr at --max_iters, unless --lr_decay_iters says otherwise (%(default)s)")
+        help="of the learning rate after the warmup: cosine, or trapezoid: constant, then a "
+             "straight line to --min_lr at --max_iters, or at --lr_decay_iters (%(default)s)")
     add("--decay_share", type=SHARE, default=0.7, metavar="S",
         help="share of the trapezoid that falls, counted from its end (%(default)s)")
     add("--max_iters", type=COUNT, default=600000, metavar="N",
         help="updates in all; raise it to go on with a finished run (%(default)s)")
     add("--epochs", type=REAL, default=0, metavar="N",
-        help="instead of --max_iters: until every training window was used N times (0.5: half of them). The "
-             "cosine ends there too, and the warmup takes a tenth of it at most, unless their flags are "
-             "given (%(default)s: by --max_iters)")
-    add("--learning_rate", type=REAL, default=6e-4, metavar="LR", help="highest learning rate (%(default)s)")
+        help="instead of --max_iters: until every training window was used N times (0.5: half of "
+             "them). The cosine ends there too, and the warmup takes a tenth of it at most, unless "
+             "their flags are given (%(default)s: by --max_iters)")
+    add("--learning_rate", type=REAL, default=6e-4, metavar="LR",
+        help="highest learning rate (%(default)s)")
     add("--min_lr", type=REAL, default=6e-5, metavar="LR",
         help="learning rate at the end of the cosine and after; a tenth is usual (%(default)s)")
     add("--warmup_iters", type=AMOUNT, default=2000, metavar="N",
@@ -97,58 +105,67 @@ def build_parser() -> argparse.ArgumentParser:
     add("--grad_clip", type=REAL, default=1.0, help="largest gradient norm (%(default)s; 0: any)")
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_interval", type=AMOUNT, default=2000, metavar="N",
-        help="updates between evaluations; the start and the end are evaluated too (%(default)s; 0: never)")
+        help="updates between evaluations; the start and the end are evaluated too (%(default)s; "
+             "0: never)")
     add("--eval_iters", type=COUNT, default=200, metavar="N",
-        help="batches of --batch_size sequences in an evaluation, shared out among the processes: the first "
-             "of the val shards, and as many spread over the train shards (%(default)s)")
+        help="batches of --batch_size sequences in an evaluation, shared out among the processes: "
+             "the first of the val shards, and as many spread over the train shards (%(default)s)")
     add("--early_stopping", type=AMOUNT, default=0, metavar="PATIENCE",
         help="end the run after so many evaluations in a row without a new lowest validation loss; "
              "best_val_loss.pt has that (%(default)s: never)")
     add("--eval_only", action=switch, default=False,
-        help="evaluate the newest checkpoint in --out_dir, or that of --resume or --init_from; print, write "
-             "nothing, and exit")
+        help="evaluate the newest checkpoint in --out_dir, or that of --resume or --init_from; "
+             "print, write nothing, and exit")
     add("--hellaswag", action=switch, default=True,
         help="score HellaSwag at evaluations where its data can be had (on)")
-    add("--hellaswag_data", metavar="FILE", help="hellaswag_val.jsonl, also .gz (else downloaded once)")
+    add("--hellaswag_data", metavar="FILE",
+        help="hellaswag_val.jsonl, also .gz (else downloaded once)")
     add("--hellaswag_limit", type=AMOUNT, metavar="N",
         help="score N examples, always the same choice (all on cuda, 200 elsewhere; 0: all)")
     add("--sample_interval", type=AMOUNT, default=1, metavar="N",
-        help="evaluations from one sample of the model's text to the next, at temperature 0.8 from the 50 "
-             "likeliest tokens (%(default)s: at each but that of step 0; 0: never)")
+        help="evaluations from one sample of the model's text to the next, at temperature 0.8 from "
+             "the 50 likeliest tokens (%(default)s: at each but that of step 0; 0: never)")
     add("--sample_prompt", default="Hello, I'm a language model,", metavar="TEXT",
         help='what it continues; "" begins a document (%(default)r)')
     add("--sample_tokens", type=COUNT, default=40, metavar="N", help="tokens it adds (%(default)s)")
     add = parser.add_argument_group("weights of sequences").add_argument
     add("--key_tokens", metavar="FILE",
-        help="train on the mean over sequences of A x (1 + number of key tokens in it) x (mean loss of it), "
-             "which is then the training loss that is logged; evaluations weigh nothing. FILE has the text "
-             "of one GPT-2 token a line, where ' river' and 'river' are two (off)")
+        help="train on the mean over sequences of A x (1 + number of key tokens in it) x (mean "
+             "loss of it), which is then the training loss that is logged; evaluations weigh "
+             "nothing. FILE has the text of one GPT-2 token a line, where ' river' and 'river' are "
+             "two (off)")
     add("--key_token_alpha", type=REAL, default=1.0, metavar="A", help="A above (%(default)s)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cuda, cuda:N, mps or cpu (the first of these there is)")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto",
-        help="of the computation; weights are float32, float16 scales its gradients (bfloat16 where the "
-             "device computes in it, else float16 on cuda, else float32)")
+        help="of the computation; weights are float32, float16 scales its gradients (bfloat16 "
+             "where the device computes in it, else float16 on cuda, else float32)")
     add("--compile", action=switch, default=None,
-        help="torch.compile: a minute at the start, then faster steps; on a CPU it needs a C++ compiler "
-             "(on for cuda)")
+        help="torch.compile: a minute at the start, then faster steps; on a CPU it needs a C++ "
+             "compiler (on for cuda)")
     add("--gradient_checkpointing", action=switch, default=False,
         help="recompute activations: much less memory, a third more time (off)")
     add = parser.add_argument_group("run").add_argument
-    add("--out_dir", default="checkpoints", metavar="DIR", help="for checkpoints and logs (checkpoints)")
+    add("--out_dir", default="checkpoints", metavar="DIR",
+        help="for checkpoints and logs (checkpoints)")
     add("--resume", default="auto", metavar="auto|never|PATH",
-        help="auto: continue the newest good checkpoint in --out_dir, if any. never: start anew, an earlier "
-             "run's files are moved aside. A path: continue that one, later ones are moved aside (auto)")
-    add("--keep_checkpoints", type=COUNT, default=3, metavar="N", help="iter-*.pt to keep (%(default)s)")
+        help="auto: continue the newest good checkpoint in --out_dir, if any. never: start anew, "
+             "an earlier run's files are moved aside. A path: continue that one, later ones are "
+             "moved aside (auto)")
+    add("--keep_checkpoints", type=COUNT, default=3, metavar="N",
+        help="iter-*.pt to keep (%(default)s)")
     add("--checkpoint_interval", type=AMOUNT, default=0, metavar="N",
         help="updates between saves of resume.pt (%(default)s: by time only)")
     add("--checkpoint_minutes", type=REAL, default=15, metavar="M",
         help="minutes between saves of resume.pt (%(default)s; 0: never)")
-    add("--log_interval", type=COUNT, default=10, metavar="N", help="updates between log lines (%(default)s)")
+    add("--log_interval", type=COUNT, default=10, metavar="N",
+        help="updates between log lines (%(default)s)")
     add("--tensorboard", action=switch, default=False,
         help="the metrics also as TensorBoard's files, in OUT_DIR/tensorboard (off)")
     add("--wandb", action=switch, default=False,
-        help="the metrics also to Weights & Biases; WANDB_MODE=offline keeps them in OUT_DIR/wandb (off)")
-    add("--seed", type=SEED, default=1337, help="of weights, data order, dropout and samples (1337)")
+        help="the metrics also to Weights & Biases; WANDB_MODE=offline keeps them in OUT_DIR/wandb "
+             "(off)")
+    add("--seed", type=SEED, default=1337,
+        help="of weights, data order, dropout and samples (1337)")
     # fmt: on
     return parser

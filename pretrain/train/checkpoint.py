@@ -64,8 +64,8 @@ def model_file(path: Path) -> Path:
         return found
     if not path.exists():
         raise CheckpointError(
-            f"{path}: no such file; train a model with train_gpt2.py, name another file with --checkpoint, or"
-            " take a published model with --model gpt2"
+            f"{path}: no such file; train a model with train_gpt2.py, name another file with"
+            " --checkpoint, or take a published model with --model gpt2"
         )
     return path
 
@@ -306,12 +306,13 @@ def refuse_other_run(path: str | Path, saved: dict[str, Any], wanted: dict[str, 
     ]
     if different:
         raise CheckpointError(
-            f"{path} belongs to another run:{''.join(different)}\nGive the flags of that run (with more or"
-            " fewer processes --total_batch_tokens keeps the batch), or another --out_dir, or --resume never"
+            f"{path} belongs to another run:{''.join(different)}\nGive the flags of that run (with"
+            " more or fewer processes --total_batch_tokens keeps the batch), or another --out_dir,"
+            " or --resume never"
         )
 
 
-def lock(out_dir: str | Path) -> contextlib.AbstractContextManager[None]:
+def lock(out_dir: str | Path) -> contextlib.ExitStack:
     """Hold out_dir, which is made where it is missing, for this process; two runs in one folder
     would prune each other's checkpoints. Raises CheckpointError for a folder that cannot be made or
     written, files.Locked when another process holds it."""

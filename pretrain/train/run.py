@@ -24,21 +24,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from pretrain import __version__, distributed, files
 from pretrain.distributed import Ranks
 from pretrain.errors import lasting_output
 from pretrain.report.console import Console
-from pretrain.report.runlog import RunLog, Stopwatch, eval_line, perplexity, provenance, start_block
+from pretrain.report.runlog import RunLog, Stopwatch, eval_line, perplexity, start_block
 from pretrain.report.trackers import open_trackers
-from pretrain.tokens.owntext import unigram_entropy
-from pretrain.tokens.shards import data_fingerprint
 from pretrain.train import best
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError
-from pretrain.train.loader import ShardLoader
 from pretrain.train.schema import problem_in_continued
 from pretrain.train.settings import TrainSettings, warnings_of
 from pretrain.train.state import TrainState, read_on_first, source_of, source_problem
@@ -66,8 +62,6 @@ class Run:
         self.console: Console | None = None
         self._stack = ExitStack()
         self._about: dict[str, Any] = {}  # what a checkpoint holds besides the state
-
-    # ---- opening and closing
 
     def __enter__(self) -> "Run":
         with ExitStack() as stack:
@@ -203,7 +197,8 @@ class Run:
             is_early = state.step < settings.max_iters
             limit = "early_stopping" if is_early else "epochs" if settings.epochs else "max_iters"
             self.say(
-                f"{self.out_dir}: finished at step {state.step:,}; with a higher --{limit} it goes on"
+                f"{self.out_dir}: finished at step {state.step:,}; with a higher --{limit} it goes"
+                " on"
             )
         return is_finished
 
@@ -404,37 +399,3 @@ class Run:
         lowest = f"; the lowest validation loss was {record.best_val_loss:.4f}"
         self.say(f"finished: {self.out_dir / checkpoints.FINAL}{lowest if self._measure else ''}")
         return 0
-
-
-def describe(
-    settings: TrainSettings,
-    model: Any,
-    loader: ShardLoader,
-    *,
-    identity: dict[str, Any],
-    ranks: Ranks,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """What is about to happen, for config.json, the log and the console."""
-    name = distributed.device_name(ranks.device)
-    tokens_per_step = loader.global_batch * loader.windows.block_size
-    return {
-        "version": __version__,
-        "flags": settings.flags,
-        "model_config": asdict(model.config),
-        "parameters": model.num_parameters(),
-        "run": identity,
-        "data_fingerprint": data_fingerprint(settings.data_dir),
-        "device": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "processes": ranks.world_size,
-        "micro_steps": loader.shape[0],
-        "tokens_per_step": tokens_per_step,
-        "steps_per_epoch": loader.steps_per_epoch,
-        "max_tokens": settings.max_iters * tokens_per_step,
-        "train_shards": len(loader.windows.paths),
-        "train_tokens": loader.windows.num_tokens,
-        "unigram_entropy": unigram_entropy(loader.windows.paths),
-        "peak_flops": distributed.peak_flops(name, dtype),
-        **provenance(),
-    }

@@ -75,8 +75,8 @@ def _check_moments(parameter: Tensor, moments: dict[str, Any]) -> None:
     for name, value in moments.items():
         if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
             raise CheckpointError(
-                f"the optimizer's {name} of shape {tuple(value.shape)} does not fit a weight of shape"
-                f" {tuple(parameter.shape)}: not the checkpoint of this model"
+                f"the optimizer's {name} of shape {tuple(value.shape)} does not fit a weight of"
+                f" shape {tuple(parameter.shape)}: not the checkpoint of this model"
             )
 
 
@@ -112,6 +112,6 @@ def source_problem(now: dict[str, str], saved: dict[str, Any]) -> str | None:
         f"{name} {str(saved[name])[:12]} then, {now[name][:12]} now" for name in changed
     )
     return (
-        f"{' and '.join(changed)} differ from those that trained this checkpoint (SHA-256: {hashes});"
-        " the model may compute something else with the same weights"
+        f"{' and '.join(changed)} is not as it was when this checkpoint was trained (SHA-256:"
+        f" {hashes}); the model may compute something else with the same weights"
     )
