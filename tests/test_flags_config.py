@@ -10,7 +10,7 @@ from tiny_runs import flags, logged, write_shards
 import train_gpt2
 from model import GPT, GPTConfig
 from pretrain.flags import parse_with_config
-from pretrain.train.settings import RIVALS, build_parser
+from pretrain.train.settings import RIVALS, build_parser, resolve
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,6 +91,7 @@ def test_a_flag_puts_its_rival_in_the_file_out_of_force(tmp_path):
 def test_every_configuration_that_is_shipped_is_understood(path):
     args, _, problems = parse_with_config(build_parser(), ["--config", str(path)], RIVALS)
     assert problems == []
+    args, _ = resolve(["--config", str(path)], 1)
     assert args.out_dir == f"checkpoints/{path.stem}" and args.lr_decay_iters == args.max_iters
     world = 8 if args.total_batch_tokens else 1
     assert args.total_batch_tokens % (args.batch_size * args.block_size * world) == 0

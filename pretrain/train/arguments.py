@@ -36,13 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
              "the command line win")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, default="gpt2",
-        help="architecture: gpt2 as published, or modern, which reaches its loss with a fraction "
-             "of the tokens under --optimizer muon: see pretrain/models/modern.py (%(default)s)")
+        help="architecture: gpt2 as published, or modern, which under --optimizer muon reaches its "
+             "loss with a fraction of the tokens: see pretrain/models/modern.py (%(default)s)")
     add("--n_layer", type=COUNT, default=12,
         help="blocks (%(default)s; gpt2-medium 24, large 36, xl 48)")
     add("--n_head", type=COUNT, default=12,
-        help="attention heads (%(default)s; 16, 20, 25; with --model modern one for 128 of "
-             "--n_embd)")
+        help="attention heads (%(default)s; 16, 20, 25; with --model modern --n_embd / 128)")
     add("--n_embd", type=COUNT, default=768, help="width (%(default)s; 1024, 1280, 1600)")
     add("--block_size", type=COUNT, default=1024, help="tokens of context (%(default)s)")
     add("--dropout", type=SHARE, default=0.0,
@@ -78,14 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
              "from it (%(default)s: the batch follows from the two flags above)")
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", choices=OPTIMIZERS, default="adamw",
-        help="muon: Muon for the matrices of the blocks, AdamW for the rest, whose rates follow "
-             "--learning_rate in proportion; flags that are not given are then --learning_rate "
-             "0.025 --min_lr 0 --warmup_iters 0 --weight_decay 0.05 --beta1 0.8 --grad_clip 0 "
-             "(%(default)s)")
+        help="muon: Muon for the matrices of the blocks, AdamW for the rest, at rates proportional "
+             "to --learning_rate; unless given, that is then 0.025, --weight_decay 0.05, --beta1 "
+             "0.8, and --min_lr, --warmup_iters and --grad_clip are 0 (%(default)s)")
     add("--schedule", choices=SCHEDULES, default="cosine",
         help="of the learning rate after the warmup: cosine, or trapezoid: constant, then a "
-             "straight line down to --min_lr at --max_iters, unless --lr_decay_iters says "
-             "otherwise (%(default)s)")
+             "straight line to --min_lr at --max_iters, or at --lr_decay_iters (%(default)s)")
     add("--decay_share", type=SHARE, default=0.7, metavar="S",
         help="share of the trapezoid that falls, counted from its end (%(default)s)")
     add("--max_iters", type=COUNT, default=600000, metavar="N",
