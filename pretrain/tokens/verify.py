@@ -142,7 +142,7 @@ def _compare_with_source(folder: Path, manifest: Manifest, findings: Findings) -
 def reopen_source(manifest: Manifest, patience: Patience | None = None) -> Source:
     """The source that the manifest describes. Raises SourceError where it is not at hand."""
     there = manifest.source
-    if missing := {"kind", "text_column", "files"} - there.keys():
+    if missing := {"kind", "text_column", "files"} - {key for key in there if there[key]}:
         raise SourceError(f"{MANIFEST} does not record {', '.join(sorted(missing))} of its source")
     if there["kind"] == "local":
         # A folder in the place of a file could be any large one.
@@ -164,6 +164,8 @@ def reopen_source(manifest: Manifest, patience: Patience | None = None) -> Sourc
 
 def _compare_beginning(source: Source, shard: Shard, tokens: np.ndarray) -> tuple[int, str | None]:
     """Encode the documents with which a shard begins anew: (how many, what differs)."""
+    if not shard.first:
+        raise SourceError(f"{MANIFEST} does not say where {shard.file} begins")
     start = Position.from_json(shard.first)
     tokenizer = Tokenizer("tiktoken")
     drop, at, count, read = start.token, 0, 0, 0
