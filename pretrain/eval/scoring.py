@@ -82,29 +82,21 @@ def score_examples(
     place = torch.device(device or next((w.device for w in weights), "cpu"))
     parts = engine.take_apart(model)
     if (parts.vocab_size or VOCAB_SIZE) < VOCAB_SIZE:
-        raise HellaSwagError(
-            f"a vocabulary of {parts.vocab_size} tokens is not GPT-2's of {VOCAB_SIZE}"
-        )
+        raise HellaSwagError(f"its {parts.vocab_size} tokens are not GPT-2's {VOCAB_SIZE}")
     items, lengths, labels = _encoded(examples, style)
     rows = engine.make_rows(items, parts.block_size, share=parts.packs)
     batches = engine.make_batches(rows, batch_tokens or engine.BATCH_TOKENS.get(place.type, 4096))
     mine, num_own = _share(batches, rank, world_size)
 
     losses = np.zeros((len(items), 4))
-    stopped = False
-    with (
-        evaluating(model),
-        engine.computing(place, dtype),
-        _bar(mine, progress and rank == 0) as show,
-    ):
+    computing, bar = engine.computing(place, dtype), _bar(mine, progress and rank == 0)
+    with evaluating(model), computing, bar as show:
         for number, scores in enumerate(engine.score(parts, mine, place)):
             if number < num_own:
                 losses[scores.items, scores.choices] = scores.sums
                 show(scores, losses, lengths, labels)
-            if stopped := _any(interrupted(), world_size, group, place):
-                break
-    if stopped:
-        return None
+            if _any(interrupted(), world_size, group, place):
+                return None
     if world_size > 1:
         losses = _add_up(losses, group, place)
     if bad := (~np.isfinite(losses)).any(axis=1).sum():

@@ -84,12 +84,14 @@ def measures(runs: list[Run]) -> list[Measure]:
         Measure("at step", _of_best("step"), ",.0f", None),
         Measure("perplexity", perplexity, ",.2f", min),
         Measure("bits per byte", _of_best("bits_per_byte"), ".4f", min),
-        *(Measure(f"{title(name)} {style}", _of_task((name, style)), ".2%", max)
-          for name, style in keys),
+        *(
+            Measure(f"{title(name)} {style}", _of_task((name, style)), ".2%", max)
+            for name, style in keys
+        ),
         Measure("tokens", tokens, ",.0f", None),
         Measure("tokens/s", speed, ",.0f", max),
         Measure("seconds", lambda run: run.seconds_running, ",.0f", None),
-    ]  # fmt: skip
+    ]
     return [m for m in found if any(math.isfinite(m.of(run)) for run in runs)]
 
 

@@ -5,9 +5,7 @@
 The steps meet in files alone, never in what an engine says it has done:
 
     .staged/plan.json               what is built, frozen: another plan here is refused
-    .staged/unit-000003-8192.tokens the tokens of one unit, as uint16
-    .staged/unit-000003-8192.npz    where its documents lie, and which rows were left out
-    .staged/unit-000003-8192.json   published last: counts and hashes; without it no unit is there
+    .staged/unit-...                tokens of units, each published once: see scratch.py
     NAME_train_000001.npy           a shard, packed from the units that overlap it
     manifest.json                   which shards there are
 
@@ -23,15 +21,14 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from pretrain import files
-from pretrain.errors import UserError
 from pretrain.text.documents import Position, Source, SourceError, Unit, plan_units
 from pretrain.tokens.build import (
     SMALL_SHARE,
@@ -43,11 +40,15 @@ from pretrain.tokens.build import (
     share_of,
 )
 from pretrain.tokens.folder import BuildRefused, damaged_shards, prepare_folder
-from pretrain.tokens.formats import TOKEN
-from pretrain.tokens.packing import Packer
-from pretrain.tokens.pipeline import TokenBatch, tokenize_unit
-from pretrain.tokens.shards import MANIFEST, Manifest, Shard, ShardError
-from pretrain.tokens.tokenizer import Tokenizer
+from pretrain.tokens.scratch import (
+    UnitJob,
+    UnitRecord,
+    read_scratch,
+    tokenize_to_scratch,
+    unit_key,
+)
+from pretrain.tokens.shard_jobs import ShardJob, pack_shard
+from pretrain.tokens.shards import MANIFEST, Manifest, ShardError
 
 SCRATCH = ".staged"
 PLAN = "plan.json"
@@ -89,218 +90,6 @@ def scratch_bytes(settings: Settings, workers: int) -> int:
 def wave_bytes(settings: Settings, workers: int) -> int:
     """Stored bytes of text in a wave; its tokens take about half as many."""
     return max(WAVE_SHARDS * 2 * settings.shard_size, workers * UNIT_BYTES)
-
-
-class ScratchError(UserError):
-    """A unit's files are not what was published."""
-
-
-# ---- one unit's tokens, on the disk
-
-
-@dataclass(frozen=True)
-class UnitRecord:
-    """What is published of a unit: enough to say which shards it overlaps."""
-
-    unit: Unit
-    tokens: int
-    documents: int
-    rows: int  # consumed, with those that were left out
-    text_bytes: int
-    sha256: str  # of its tokens file, then of its index
-
-    @property
-    def key(self) -> str:
-        return unit_key(self.unit)
-
-
-def unit_key(unit: Unit) -> str:
-    return f"unit-{unit.file:06d}-{unit.start}"
-
-
-@dataclass(frozen=True)
-class UnitJob:
-    """A unit to tokenize into a scratch folder."""
-
-    source: Source
-    unit: Unit
-    tokenizer: Tokenizer
-    on_bad_document: str
-    scratch: Path
-
-
-def tokenize_to_scratch(job: UnitJob) -> UnitRecord:
-    """Tokenize a unit and publish it; at once where it is published already. Raises SourceError."""
-    if record := published(job.scratch, job.unit):
-        return record
-    key = unit_key(job.unit)
-    counts, rows, offsets, token_counts, text_bytes, next_row = [], [], [], [], 0, 0
-    skipped: dict[str, list[np.ndarray]] = {}
-    with files.atomic_write(job.scratch / f"{key}.tokens") as file:
-        batches = tokenize_unit((job.unit, 0), job.source, job.tokenizer, job.on_bad_document)
-        for batch in batches:
-            file.write(np.ascontiguousarray(batch.tokens, TOKEN).data)
-            counts.append(batch.counts)
-            rows.append(batch.rows)
-            offsets.append(batch.offsets)
-            token_counts.append(batch.token_counts)
-            for reason, left_out in batch.skipped.items():
-                skipped.setdefault(reason, []).append(left_out)
-            text_bytes, next_row = text_bytes + batch.text_bytes, batch.next_row
-    index = {"counts": _joined(counts), "rows": _joined(rows)}
-    for name, parts in (("offsets", offsets), ("token_counts", token_counts)):
-        there = [part for part in parts if part is not None]
-        if there and len(there) == len(parts):
-            index[name] = _joined(there)
-    index |= {f"skipped {reason}": _joined(parts) for reason, parts in skipped.items()}
-    with files.atomic_write(job.scratch / f"{key}.npz") as file:
-        np.savez(file, allow_pickle=False, **index)
-    record = UnitRecord(
-        job.unit,
-        tokens=int(index["counts"].sum()),
-        documents=len(index["counts"]),
-        rows=next_row,
-        text_bytes=text_bytes,
-        sha256=_unit_sha256(job.scratch, key),
-    )
-    files.write_json(job.scratch / f"{key}.json", asdict(record))
-    return record
-
-
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
-
-
-def _unit_sha256(scratch: Path, key: str) -> str:
-    parts = (files.sha256(scratch / f"{key}{ending}") for ending in (".tokens", ".npz"))
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def published(scratch: Path, unit: Unit) -> UnitRecord | None:
-    """The record of a unit, where one is published."""
-    try:
-        record = json.loads((scratch / f"{unit_key(unit)}.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    found = UnitRecord(**{**record, "unit": Unit(**record["unit"])})
-    same = replace(found.unit, first_row=None) == replace(unit, first_row=None)
-    return found if same else None
-
-
-def read_scratch(scratch: Path, record: UnitRecord) -> TokenBatch:
-    """A unit as one batch, its tokens mapped. Raises ScratchError for files that have changed."""
-    key = record.key
-    try:
-        if _unit_sha256(scratch, key) != record.sha256:
-            raise ScratchError(f"{scratch / key}: damaged; remove {scratch} and run it again")
-        with np.load(scratch / f"{key}.npz", allow_pickle=False) as index:
-            arrays = dict(index)
-    except FileNotFoundError as error:
-        raise ScratchError(f"{error.filename}: was removed; run the same command again") from None
-    tokens = np.zeros(0, TOKEN)
-    if record.tokens:  # an empty file cannot be mapped
-        tokens = np.memmap(scratch / f"{key}.tokens", TOKEN, "r")
-    prefix = "skipped "
-    return TokenBatch(
-        record.unit,
-        tokens,
-        arrays["counts"],
-        arrays["rows"],
-        arrays.get("offsets"),
-        record.rows,
-        {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)},
-        arrays.get("token_counts"),
-        record.text_bytes,
-    )
-
-
-# ---- one shard
-
-
-@dataclass(frozen=True)
-class ShardJob:
-    """A shard to pack: tokens [start, stop) of the source, out of `units`."""
-
-    folder: Path
-    name: str
-    ending: str
-    index: int
-    start: int
-    stop: int
-    units: tuple[tuple[int, UnitRecord], ...]  # (number of its first token, unit), in order
-    first: Position | None  # where the shard begins; None: where the source does
-    is_last: bool  # nothing comes after: rows left out behind it are its own
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
-
-
-class _OneShardManifest(Manifest):
-    """What Packer needs to know of the shards before; it is never written."""
-
-    def save(self, folder: Path) -> None:
-        pass
-
-
-class _OneShardPacker(Packer):
-    """Begins where it is told: the shard before may not be there yet."""
-
-    def _check_position(self, batch: TokenBatch, first_row: int) -> None:
-        pass
-
-
-def pack_shard(job: ShardJob) -> tuple[Shard, dict]:
-    """Write one shard; returns what the manifest says of it, and the position behind it."""
-    val = "val" if job.index == 0 else "train"
-    before = [Shard("", val, job.start, 0, "", {})] + [Shard("", val, 0, 0, "", {})] * job.index
-    manifest = _OneShardManifest(
-        job.name,
-        {},
-        {"format": job.ending},
-        {},
-        val_tokens=job.size,
-        shards=before[: job.index],
-        next=job.first.to_json() if job.first else None,
-    )
-    packer = _OneShardPacker(
-        job.folder,
-        manifest,
-        shard_size=job.size,
-        max_tokens=None if job.is_last else job.stop,
-        total_tokens=job.stop,
-    )
-    try:
-        for number, record in job.units:
-            batch = read_scratch(job.folder / SCRATCH, record)
-            if number < job.start:  # its beginning belongs to the shard before
-                batch = _from_document_of(batch, job.start - number)
-            packer.add(batch)
-        if job.is_last:
-            packer.finish()
-    finally:
-        packer.abort()
-    return manifest.shards[job.index], manifest.next or {}
-
-
-def _from_document_of(batch: TokenBatch, token: int) -> TokenBatch:
-    """The batch from the document on that holds its token `token` - 1. Rows left out up to there
-    are counted with the shard that has this token."""
-    ends = np.cumsum(batch.counts)
-    first = int(np.searchsorted(ends, token))
-    row = batch.rows[first]
-    return replace(
-        batch,
-        tokens=batch.tokens[ends[first] - batch.counts[first] :],
-        counts=batch.counts[first:],
-        rows=batch.rows[first:],
-        offsets=None if batch.offsets is None else batch.offsets[first:],
-        token_counts=None if batch.token_counts is None else batch.token_counts[first:],
-        skipped={reason: rows[rows > row] for reason, rows in batch.skipped.items()},
-    )
-
-
-# ---- the whole
 
 
 def build_staged(
@@ -524,6 +313,7 @@ class StagedBuild:
         first = None if start == 0 else self._position(units[0], start)
         return ShardJob(
             self.folder,
+            self.scratch,
             manifest.name,
             manifest.ending,
             index,

@@ -115,11 +115,14 @@ def test_a_sentencepiece_model_is_refused(hf_folder):
         ("hellaswag", ["--limit", "0", "--stile", "x"], ["--limit: 0", "did you mean --style?"]),
         ("sample", ["--temp", "1"], ["did you mean --temperature?"]),
         ("sample", ["--max_tokens=9"], ["did you mean --max_new_tokens?"]),
-        ("sample", ["--top_p", "2", "--seed", "-1", "--top_k", "x"],
-         ["--top_p: 2", "--seed: -1", "--top_k: 'x'"]),
+        (
+            "sample",
+            ["--top_p", "2", "--seed", "-1", "--top_k", "x"],
+            ["--top_p: 2", "--seed: -1", "--top_k: 'x'"],
+        ),
         ("sample", ["--seed", str(2**64)], ["--seed"]),
     ],
-)  # fmt: skip
+)
 def test_all_wrong_flags_are_said_at_once_with_what_was_meant(script, words, answers, capsys):
     with pytest.raises(SystemExit) as stop:
         {"hellaswag": hellaswag, "sample": sample}[script].main(words)

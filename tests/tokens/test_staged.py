@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pretrain.text.documents import local_source
-from pretrain.tokens import staged
+from pretrain.tokens import scratch, staged
 from pretrain.tokens.build import BuildRefused, Settings, Work, build_shards
 from pretrain.tokens.staged import DirectEngine, build_staged
 from pretrain.tokens.tokenizer import Tokenizer, load_encoding
@@ -141,11 +141,11 @@ def test_a_rerun_tokenizes_no_unit_that_is_published(corpus, tmp_path, monkeypat
     there = {p.name for p in (tmp_path / "s" / staged.SCRATCH).glob("unit-*.json")}
     assert len(there) == 20
     made = []
-    tokenize = staged.tokenize_unit
+    tokenize = scratch.tokenize_unit
     monkeypatch.setattr(
-        staged,
+        scratch,
         "tokenize_unit",
-        lambda task, *rest: made.append(staged.unit_key(task[0])) or tokenize(task, *rest),
+        lambda task, *rest: made.append(scratch.unit_key(task[0])) or tokenize(task, *rest),
     )
     build_staged(source, tmp_path / "s", settings, work(), DirectEngine(), expected_tokens=10**6)
     assert made and not {f"{key}.json" for key in made} & there
@@ -156,7 +156,7 @@ import os, signal, sys
 from pathlib import Path
 from pretrain import files
 from pretrain.text.documents import local_source
-from pretrain.tokens import staged
+from pretrain.tokens import scratch, staged
 from pretrain.tokens.build import Settings, Work
 from pretrain.tokens.tokenizer import Tokenizer
 
@@ -227,7 +227,7 @@ def test_a_damaged_unit_is_noticed_before_it_is_packed(corpus, tmp_path):
                 victim.write_bytes(data)
             yield from super().map(function, tasks)
 
-    with pytest.raises(staged.ScratchError, match="damaged"):
+    with pytest.raises(scratch.ScratchError, match="damaged"):
         build_staged(source, tmp_path / "s", settings, work(), Damaging(), expected_tokens=10**6)
     assert not list((tmp_path / "s").glob("*.npy*"))
     shutil.rmtree(tmp_path / "s" / staged.SCRATCH)
