@@ -24,12 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.errors import UserError
+from pretrain.errors import CheckpointError as CheckpointError  # what load_checkpoint raises
 from pretrain.ops import Linear, linear, linear_cross_entropy, score_head
-
-
-class CheckpointError(UserError):
-    """A file, folder or name from which no model can be made; the message is for the user."""
 
 
 @dataclass

@@ -26,6 +26,10 @@ class UserError(Exception):
     )
 
 
+class CheckpointError(UserError):
+    """A checkpoint, folder or name from which no model can be made or no run continued."""
+
+
 @dataclass
 class Outcome:
     """How a program ends."""

@@ -54,12 +54,12 @@ def parse(
 def parse_with_config(
     parser: argparse.ArgumentParser,
     argv: Sequence[str],
-    rivals: Mapping[str, Collection[str]] | None = None,
+    overrides: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[argparse.Namespace, set[str], list[str]]:
     """Like parse, with what the file of --config sets for flags that argv leaves alone.
 
-    rivals: for a flag, those that it puts out of force in the file when it is in argv. Every value
-    in the file is checked as flags are; `given` holds the names in force from either.
+    overrides: for a flag, those that it puts out of force in the file when it is in argv. Every
+    value in the file is checked as flags are; `given` holds the names in force from either.
     """
     args, given, problems = parse(parser, argv)
     if not args.config:
@@ -67,7 +67,7 @@ def parse_with_config(
     words, wrong = _read_config(args.config, parser)
     preset, preset_given, more = parse(parser, words)
     wrong += [f"{args.config}: {problem.removeprefix('--')}" for problem in more]
-    beaten = {rival for name in given for rival in (rivals or {}).get(name, ())}
+    beaten = {other for name in given for other in (overrides or {}).get(name, ())}
     added = preset_given - given - beaten
     args = argparse.Namespace(**vars(args) | {name: getattr(preset, name) for name in added})
     return args, given | added, problems + wrong

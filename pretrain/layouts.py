@@ -35,7 +35,7 @@ IMPLEMENTED: dict[str, list[Any]] = {
     "add_cross_attention": [False],
     "tie_word_embeddings": [True],
 }
-SIZES = {"n_positions": "block_size"} | {
+CONFIG_NAMES = {"n_positions": "block_size"} | {
     name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")
 }
 LLMC_MAGIC = struct.pack("<i", 20240326)
@@ -140,7 +140,7 @@ def _shards(index: Mapping[str, Any], name: str) -> list[str]:
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    sizes = {ours: config[theirs] for theirs, ours in SIZES.items() if theirs in config}
+    sizes = {ours: config[theirs] for theirs, ours in CONFIG_NAMES.items() if theirs in config}
     for name, value in sizes.items():
         if type(value) is not int or not 0 < value < 2**31:
             raise Damaged(f"its config.json has {name} {shown(value)}, not a size")

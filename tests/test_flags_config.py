@@ -10,7 +10,7 @@ from tiny_runs import flags, logged, write_shards
 import train_gpt2
 from model import GPT, GPTConfig
 from pretrain.flags import parse_with_config
-from pretrain.train.settings import RIVALS, build_parser, resolve
+from pretrain.train.settings import OVERRIDES, build_parser, resolve
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +24,7 @@ def parsed(text, folder, *argv):
     """What the flags are with a configuration file of this text."""
     path = folder / "preset.yaml"
     path.write_text(text, encoding="utf-8")
-    return parse_with_config(build_parser(), ["--config", str(path), *argv], RIVALS)
+    return parse_with_config(build_parser(), ["--config", str(path), *argv], OVERRIDES)
 
 
 def test_a_file_sets_flags_as_the_command_line_does_and_the_command_line_wins(tmp_path):
@@ -89,7 +89,7 @@ def test_a_flag_puts_its_rival_in_the_file_out_of_force(tmp_path):
     "path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_every_configuration_that_is_shipped_is_understood(path):
-    args, _, problems = parse_with_config(build_parser(), ["--config", str(path)], RIVALS)
+    args, _, problems = parse_with_config(build_parser(), ["--config", str(path)], OVERRIDES)
     assert problems == []
     args, _ = resolve(["--config", str(path)], 1)
     assert args.out_dir == f"checkpoints/{path.stem}" and args.lr_decay_iters == args.max_iters

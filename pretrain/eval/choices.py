@@ -101,7 +101,7 @@ def make_batches(rows: Sequence[Row], batch_tokens: int) -> list[list[Row]]:
     return batches
 
 
-class Batch(NamedTuple):
+class RowBatch(NamedTuple):
     """B rows padded on the right to T tokens, and the N tokens of their endings."""
 
     tokens: Tensor  # int64 (B, T)
@@ -111,7 +111,7 @@ class Batch(NamedTuple):
     targets: Tensor  # int64 (N,): that token
 
 
-def collate(rows: Sequence[Row], width_multiple: int) -> Batch:
+def collate(rows: Sequence[Row], width_multiple: int) -> RowBatch:
     width = -(-max(row.length for row in rows) // width_multiple) * width_multiple
     tokens, positions, branches = np.zeros((3, len(rows), width), dtype=np.int64)
     branches[:] = -1
@@ -126,7 +126,7 @@ def collate(rows: Sequence[Row], width_multiple: int) -> Batch:
             branches[r, begin:end] = branch
             sources += [r * width + n - 1, *range(r * width + begin, r * width + end)]
             targets += ending
-    return Batch(
+    return RowBatch(
         *map(torch.from_numpy, (tokens, positions, branches, np.array(sources), np.array(targets)))
     )
 
@@ -226,7 +226,7 @@ def score(parts: Parts, batches: Iterable[Sequence[Row]], device: torch.device) 
     before are fetched, so that a GPU always has work."""
     before = None
     for rows in batches:
-        batch = Batch(*(x.to(device) for x in collate(rows, WIDTH_MULTIPLE.get(device.type, 8))))
+        batch = RowBatch(*(x.to(device) for x in collate(rows, WIDTH_MULTIPLE.get(device.type, 8))))
         hidden = parts.body(batch.tokens, batch.positions, batch.branches).flatten(0, 1)
         losses = token_losses(parts.head, hidden[batch.sources], batch.targets)
         if before is not None:

@@ -16,6 +16,7 @@ class Known:
     title: str
     examples: int  # that the published scores are of
     chance: float
+    dataset: str  # on the Hugging Face Hub
     published: dict[str, Scores] = field(default_factory=dict)  # by style
 
 
@@ -26,6 +27,7 @@ KNOWN = {
         "HellaSwag",
         examples=10_042,  # all of val
         chance=0.25,
+        dataset="Rowan/hellaswag",
         published={
             "completion": {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)},
             "lm-eval": {"gpt2": (0.2892, 0.3114), "gpt2-xl": (0.4004, 0.5089)},
@@ -38,6 +40,11 @@ MODELS = {"gpt2": "GPT-2 124M", "gpt2-xl": "GPT-2 1.5B"}  # as pictures call the
 def title(task: str) -> str:
     """The name of a task as people write it."""
     return KNOWN[task].title if task in KNOWN else task
+
+
+def dataset_of(task: str) -> str:
+    """Where a task's examples are published; its own name where that is not known."""
+    return KNOWN[task].dataset if task in KNOWN else task
 
 
 def published(task: str, style: str) -> Scores:

@@ -228,15 +228,6 @@ def task_results(run: Run) -> dict[tuple[str, str], list[tuple[int, Record]]]:
     return found
 
 
-def hellaswag_results(run: Run) -> dict[str, list[tuple[int, Record]]]:
-    """task_results of HellaSwag alone, by style."""
-    return {
-        style: results
-        for (task, style), results in task_results(run).items()
-        if task == "hellaswag"
-    }
-
-
 def _step(record: Record) -> float:
     return number(record.get("step"))
 

@@ -9,7 +9,7 @@ MODELS = ("gpt2", "modern")  # pretrain.models.ARCHITECTURES, named without load
 OPTIMIZERS, SCHEDULES = ("adamw", "muon"), ("cosine", "trapezoid")  # those of pretrain.train.optim
 
 # A flag on the command line puts these of a --config file out of force.
-RIVALS = {
+OVERRIDES = {
     "data": {"data_dir"},
     "data_dir": {"data"},
     "max_iters": {"epochs"},

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import torch
 
 from pretrain import files, weights
-from pretrain.errors import UserError, first_line
+from pretrain.errors import CheckpointError, first_line
 from pretrain.train.schema import problem_in
 
 FORMAT = 1
@@ -35,10 +35,6 @@ SHAPING = (
     *("data", "data_dir", "stride", "shuffle", "seed"),
     *("batch_size", "gradient_accumulation_steps", "total_batch_tokens"),
 )
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be saved, read or continued; the message is for the user."""
 
 
 class Damaged(CheckpointError):

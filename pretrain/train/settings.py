@@ -21,10 +21,10 @@ from pretrain.report import trackers
 from pretrain.text.source import SourceError
 from pretrain.tokens.shards import ShardError, find_shards
 from pretrain.tokens.tokenizer import TokenizerUnavailable
-from pretrain.train.arguments import RIVALS, build_parser
+from pretrain.train.arguments import OVERRIDES, build_parser
 from pretrain.train.keytokens import KeyTokenError, read_key_tokens
 
-__all__ = ["AMOUNT", "COUNT", "RIVALS", "TrainSettings", "build_parser", "resolve"]
+__all__ = ["AMOUNT", "COUNT", "OVERRIDES", "TrainSettings", "build_parser", "resolve"]
 MANY_EPOCHS = 10_000  # more passes over the data than anybody means
 # What holds with --optimizer muon where a flag is not given: the record's settings for 124M.
 MUON = {
@@ -142,7 +142,7 @@ class TrainSettings:
 def resolve(argv: Sequence[str], world_size: int) -> tuple[TrainSettings, list[str]]:
     """(settings, all problems, one line each): only without problems do the settings mean
     anything."""
-    args, given, problems = parse_with_config(build_parser(), argv, RIVALS)
+    args, given, problems = parse_with_config(build_parser(), argv, OVERRIDES)
     values = vars(args) | _recipe(args, given)
     settings = TrainSettings(**values, given=frozenset(given), world_size=world_size)
     return settings, problems or problems_of(settings)
@@ -224,7 +224,7 @@ def check(flags: Any, given: set[str], world_size: int) -> list[str]:
 
 def problems_of(settings: TrainSettings) -> list[str]:
     """What is wrong with the flags together, and with the world they meet: one line each."""
-    problems = _check_numbers(settings) + _check_memory(settings) + _check_rivals(settings)
+    problems = _check_numbers(settings) + _check_memory(settings) + _check_exclusive(settings)
     if problem := _device_problem(settings.device):
         problems.append(f"--device {problem}")
     problems += _check_data(settings) + _check_key_tokens(settings)
@@ -269,7 +269,7 @@ def _check_numbers(settings: TrainSettings) -> list[str]:
     return problems
 
 
-def _check_rivals(settings: TrainSettings) -> list[str]:
+def _check_exclusive(settings: TrainSettings) -> list[str]:
     given, problems = settings.given, []
     if settings.total_batch_tokens and "gradient_accumulation_steps" in given:
         problems.append("--total_batch_tokens and --gradient_accumulation_steps: give one of them")
