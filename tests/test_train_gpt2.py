@@ -432,7 +432,7 @@ def in_a_later_save():
     saves, fsync = [], os.fsync
     def fsync_or_die(descriptor):
         saves.append(descriptor)
-        die() if len(saves) == 8 else fsync(descriptor)  # resume.pt of step 6
+        die() if len(saves) == 11 else fsync(descriptor)  # resume.pt of step 6
     os.fsync = fsync_or_die
 
 for kill in (in_a_step, in_a_save, in_a_later_save):
