@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from adapters import require
 from adapters.hf_tokenizer import save_tokenizer
 from adapters.model_card import RECORD, model_card, training_record
+from pretrain.errors import UserError
 from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE
 
 if TYPE_CHECKING:
@@ -282,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         run(args)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (UserError, RuntimeError, OSError, ValueError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         print(f"{args.command}: {line}", file=sys.stderr)
         return 1

@@ -85,7 +85,8 @@ def compare(size: str, variants: list[str], batch_size: int, steps: int, device:
             line += f"   MFU {speed * about['flops_per_token'] / about['peak_flops']:.1%}"
         if variant != "plain" and "plain" in variants:
             ratios = [a / b for a, b in zip(seconds["plain"], seconds[variant], strict=True)]
-            line += f"   {statistics.median(ratios):.2f} x the speed ({min(ratios):.2f} to {max(ratios):.2f})"
+            line += f"   {statistics.median(ratios):.2f} x the speed"
+            line += f" ({min(ratios):.2f} to {max(ratios):.2f})"
             line += f", {memory / ends['plain']['peak_bytes']:.2f} x the memory"
         print(line, flush=True)
 

@@ -9,6 +9,7 @@ orientation. Raises weights.Damaged, whose message lacks the name of the file or
 """
 
 import math
+import os
 import re
 import struct
 import sys
@@ -25,7 +26,7 @@ from pretrain.weights import PICKLE, PICKLES, SAFETENSORS, SHARDS, Damaged, read
 
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # What model.py implements; other values in a config.json would be other models.
-IMPLEMENTED = {
+IMPLEMENTED: dict[str, list[Any]] = {
     "model_type": ["gpt2"],
     "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
     "layer_norm_epsilon": [1e-5],
@@ -143,9 +144,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
     for name, value in sizes.items():
         if type(value) is not int or not 0 < value < 2**31:
             raise Damaged(f"its config.json has {name} {shown(value)}, not a size")
-    implemented: dict[str, list[Any]] = IMPLEMENTED | {
-        "n_inner": [None, 4 * sizes.get("n_embd", 768)]
-    }
+    implemented = IMPLEMENTED | {"n_inner": [None, 4 * sizes.get("n_embd", 768)]}
     other = [
         key for key, values in implemented.items() if key in config and config[key] not in values
     ]
@@ -192,7 +191,7 @@ def _from_hub(repo: str) -> Callable[[str], Path | None]:
 
 def read_any(path: str | Path) -> Any:
     """What torch.save or llm.c wrote in a file, the latter as a checkpoint of the former."""
-    with open(path, "rb") as file:
+    with weights.opened(path) as file:
         is_llmc = file.read(4) == LLMC_MAGIC
     return read_llmc(path) if is_llmc else weights.read(path)
 
@@ -248,8 +247,8 @@ def _bare(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor
 def read_llmc(path: str | Path) -> dict[str, Any]:
     """A checkpoint from a model file of llm.c: a header of 256 int32, then every parameter stacked
     over the layers, in float32 or bfloat16, matrices as torch's Linear has them."""
-    with open(path, "rb") as file:
-        size = weights.file_status(file).st_size
+    with weights.opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         header = file.read(LLMC_HEADER_BYTES)
     if len(header) < LLMC_HEADER_BYTES:
         raise Damaged("a model file of llm.c that is cut short")

@@ -87,14 +87,14 @@ def read(path: str | Path, *, verify: bool = True) -> Any:
     notice a flipped bit. NumPy's scalars become Python's, a GPTConfig at the top level a dict.
     Raises Damaged, OSError.
     """
-    with open(path, "rb") as file:
-        status = file_status(file)
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         head = file.read(4)
         file.seek(0)
         try:
             is_zip = head == b"PK\x03\x04"  # torch.save's format since 1.6
             if is_zip:
-                names = _globals(io.BytesIO(_pickle_in_zip(file, status.st_size, verify)))
+                names = _globals(io.BytesIO(_pickle_in_zip(file, size, verify)))
             elif head[:1] == pickle.PROTO:
                 names = _globals_of_old_format(file)
             else:
@@ -116,18 +116,20 @@ def read(path: str | Path, *, verify: bool = True) -> Any:
             raise Damaged(f"damaged or cut short ({first_line(error)})") from None
 
 
-def file_status(file: IO[bytes]) -> Any:
-    """os.stat_result of an open file. Raises Damaged where it is a pipe, a device and the like."""
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        raise Damaged("not a regular file")
-    return status
+def opened(path: str | Path) -> IO[bytes]:
+    """A file open for reading. Raises Damaged for a pipe, a device and the like, which are not even
+    opened: that could wait for ever. Raises OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise Damaged("a folder" if os.path.isdir(path) else "not a regular file")
+    return open(path, "rb")
 
 
 def _refuse_blame(path: str | Path, error: Exception) -> None:
     """Raise what the system has to say, where torch hides it in a RuntimeError of its own."""
-    open(path, "rb").close()
-    if "memory" in str(error) and isinstance(error, RuntimeError):
+    for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EIO, errno.ESTALE):
+        if os.strerror(number) in str(error):
+            raise OSError(number, os.strerror(number), str(path)) from None
+    if "can't allocate memory" in str(error):  # torch's own allocator
         raise MemoryError(first_line(error)) from None
 
 
@@ -229,8 +231,7 @@ def _plain(saved: Any) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of reasonable size. Raises Damaged, OSError."""
-    with open(path, "rb") as file:
-        file_status(file)
+    with opened(path) as file:
         data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
         raise Damaged(f"its {path.name} has more than {MAX_JSON_BYTES / 1e6:.0f} MB")
@@ -247,8 +248,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    with open(file, "rb") as opened:  # the system's own words, where it does not hand it out
-        file_status(opened)
+    opened(file).close()  # the system's own words, where it does not hand it out
     try:
         return load_file(file)
     except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:

@@ -1,23 +1,24 @@
 """Tokens from a model, with a key-value cache.
 
-    for tokens in stream(model, prompts, 100, temperature=0.8, top_k=50, seed=1): ...     # (B,) at
-    a time tokens = generate(model, prompts, 100, temperature=0)                                  #
-    greedy
+    for tokens in stream(model, prompts, 100, temperature=0.8, top_k=50, seed=1):    # (B,) each
+        ...
+    tokens = generate(model, prompts, 100, temperature=0)                            # greedy
 
 The model is an argument: a model.GPT, which offers both as methods.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @torch.no_grad()
 def stream(
-    model: nn.Module,
+    model: Any,
     prompts: Tensor | Sequence[Tensor],
     max_new_tokens: int,
     *,
@@ -74,7 +75,7 @@ def stream(
 
 
 def generate(
-    model: nn.Module, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, **sampling
+    model: Any, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, **sampling
 ) -> Tensor | list[Tensor]:
     """Prompts with up to max_new_tokens new tokens behind each, on the model's device; `sampling`
     as in stream.
@@ -161,7 +162,7 @@ def _sample(
 
 
 @contextlib.contextmanager
-def evaluating(model: Callable) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Eval mode inside, and back to the mode of before; nothing for what has no modes."""
     training = getattr(model, "training", False)
     if training:
