@@ -21,7 +21,8 @@ Exit status: 0 finished, 1 stopped by an error, 2 the flags are wrong, 128 + n s
 
 import sys
 
-from pretrain.errors import UserError, program, say
+from pretrain.errors import program, say
+from pretrain.rendezvous import is_first_rank
 from pretrain.train.settings import SettingsError, TrainSettings, from_command_line, with_length
 
 # Torch takes seconds to load: --help and wrong flags are answered before it is.
@@ -29,13 +30,10 @@ if __name__ == "__main__" and from_command_line(None) is None:
     sys.exit(2)
 
 import math
-import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +54,12 @@ from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.describe import describe
 from pretrain.train.keytokens import key_token_weights, load_key_tokens
-from pretrain.train.loader import ShardLoader, TokenWindows, verify_data
+from pretrain.train.loader import (
+    ShardLoader,
+    TokenWindows,
+    refuse_different_data,
+    verify_data,
+)
 from pretrain.train.optim import SCHEDULES, make_optimizer
 from pretrain.train.run import Measured, Run
 from pretrain.train.state import TrainState, read_on_first
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = from_command_line(argv)
     if settings is None:
         return 2
-    with program("train_gpt2.py", is_speaker=lambda: os.environ.get("RANK", "0") == "0") as outcome:
+    with program("train_gpt2.py", is_speaker=is_first_rank) as outcome:
         ranks = Ranks.start(settings.device)
         try:
             outcome.status = train(settings, ranks)
@@ -200,12 +203,14 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[ShardLoader, 
     updates --epochs are."""
     settings, ranks = run.settings, run.ranks
     if settings.data:
-        folder = prepare_text(run, settings.data)
+        folder = ranks.on_every_disk(prepare, settings.data, run.out_dir / "data")
         settings = replace(settings, data_dir=str(folder))
     # Each node may have a disk of its own: its processes share out what lies there.
     here = ranks.node_ranks
     place, count = here.index(ranks.rank), len(here)
     ranks.together(verify_data, settings.data_dir, settings.verify_data, place, count)
+    fingerprints = ranks.gather(ranks.together(data_fingerprint, settings.data_dir))
+    ranks.together(refuse_different_data, settings.data_dir, fingerprints)
     loader = ShardLoader(
         find_shards(settings.data_dir, "train"),
         batch_size=settings.batch_size,
@@ -228,20 +233,6 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[ShardLoader, 
         "val": (val, validation.first(val, count)),
         "train": (loader.windows, validation.spread(loader.windows, count)),
     }
-
-
-def prepare_text(run: Run, paths: list[str]) -> Path:
-    """The shards of --data in out_dir, made by one process of each node. Where nodes share a disk
-    one of them makes the shards, and the others find them once its lock is free."""
-    ranks = run.ranks
-    while True:
-        try:
-            return prepare(paths, run.out_dir / "data", builder=ranks.is_node_first)
-        except UserError as error:
-            is_shared = len(ranks.node_ranks) < ranks.world_size and ranks.is_node_first
-            if not (is_shared and "another process" in str(error)):
-                raise
-            time.sleep(1)
 
 
 def identity_of(settings: TrainSettings, model: GPT, loader: ShardLoader) -> dict[str, Any]:
@@ -397,4 +388,4 @@ def wrapped(run: Run, model: GPT) -> tuple[Any, bool]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -208,6 +209,7 @@ class Ranks:
     nodes: list[str] = field(default_factory=lambda: [""])  # the machine of each rank
     watch: Watch | None = field(default=None, repr=False)
     store: Any = field(default=None, repr=False)
+    _turn: int = field(default=0, repr=False)  # calls of _results_of
 
     @classmethod
     def start(cls, device: str = "auto") -> "Ranks":
@@ -251,16 +253,7 @@ class Ranks:
     @property
     def node_ranks(self) -> list[int]:
         """The ranks on this machine; their disk is the same."""
-        here = self.nodes[self.rank] if self.world_size > 1 else ""
-        return [
-            rank
-            for rank in range(self.world_size)
-            if self.world_size == 1 or self.nodes[rank] == here
-        ]
-
-    @property
-    def is_node_first(self) -> bool:
-        return self.rank == self.node_ranks[0]
+        return [rank for rank, node in enumerate(self.nodes) if node == self.nodes[self.rank]]
 
     def beat(self, position: int) -> None:
         """Say that this rank goes on. position: how often it has been where all ranks come by. When
@@ -306,21 +299,38 @@ class Ranks:
             raise error
         return result
 
-    def on_each_node(self, function: Callable, *arguments: Any) -> Any:
-        """function(*arguments), called by the first rank of each machine: its result on the ranks
-        of that machine, or what the first to fail raises, on all."""
-        outcome = _outcome(function, arguments) if self.is_node_first else (None, None)
+    def on_every_disk(self, function: Callable, *arguments: Any) -> Any:
+        """function(*arguments), called by the first rank of each machine, for as long as it takes:
+        its result on the ranks of that machine, or what the first to fail raises, on all.
+
+        Rank 0 goes first and the other machines follow when it is done: on a disk that all share
+        they find what it has left there, on one of their own they do it too.
+        """
+        here = self._results_of([0], function, arguments)[0]
+        others = sorted({self.nodes.index(node) for node in self.nodes} - {0})
+        results = self._results_of(others, function, arguments) if others else {}
+        return results.get(self.node_ranks[0], here)
+
+    def _results_of(self, doers: list[int], function: Callable, arguments: tuple) -> dict[int, Any]:
+        """What function(*arguments) returns on each of these ranks, on all. The others wait awake:
+        in a collective they would not hear a signal."""
+        outcome = _outcome(function, arguments) if self.rank in doers else (None, None)
+        if self.store:
+            self._turn += 1
+            if self.rank in doers:
+                self.store.set(f"done/{self._turn}/{self.rank}", "")
+            while not self.store.check([f"done/{self._turn}/{rank}" for rank in doers]):
+                time.sleep(0.1)
         outcomes = self.gather(outcome)
         for _, error in outcomes:
             if error:
                 error.on_all_ranks = True
                 raise error
-        return outcomes[self.node_ranks[0]][0]
+        return {rank: outcomes[rank][0] for rank in doers}
 
     def broadcast_state(self, state: Any) -> Any:
         """Rank 0's nested dicts and lists of tensors and plain values, on every rank, with the
-        tensors on the CPU. Tensors travel as they are, one after the other: nothing is pickled, and
-        nothing is in memory twice. Other ranks' state is not looked at."""
+        tensors on the CPU. Tensors travel as they are, one by one, and are in memory once."""
         tensors: list[Tensor] = []
         sent = self.broadcast(_take_tensors(state, tensors) if self.is_first else None)
         if self.world_size == 1:
@@ -366,8 +376,7 @@ class _Sent:
 
 
 def _take_tensors(state: Any, tensors: list[Tensor]) -> Any:
-    """The state with a _Sent for each tensor; the tensors, on the CPU and contiguous, in this
-    order."""
+    """The state with a _Sent for each tensor; the tensors, in this order, go to `tensors`."""
     if isinstance(state, Tensor):
         tensors.append(state.detach().cpu().contiguous())
         return _Sent(tuple(state.shape), state.dtype)
@@ -379,8 +388,7 @@ def _take_tensors(state: Any, tensors: list[Tensor]) -> Any:
 
 
 def _put_tensors(sent: Any, tensors: list[Tensor]) -> Any:
-    """The state with an empty tensor for each _Sent; they are appended to `tensors`, in the order
-    of _take_tensors."""
+    """The state with an empty tensor for each _Sent; they go to `tensors` in the same order."""
     if isinstance(sent, _Sent):
         tensors.append(torch.empty(sent.shape, dtype=sent.dtype))
         return tensors[-1]

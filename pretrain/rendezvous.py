@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from pretrain.errors import UserError, first_line, say
+
+if TYPE_CHECKING:  # flags are read before torch is loaded, and what they mean depends on ranks
+    from torch.distributed import Store
 
 POLL_SECONDS = 0.05
 WATCH_SECONDS = 0.5  # between two looks of a Watch
@@ -100,15 +102,17 @@ def has_agent() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def connect(place: Place) -> dist.Store:
+def connect(place: Place) -> "Store":
     """The key-value store at place.address: torchrun's, or without it rank 0's. Raises
     RankError."""
+    from torch.distributed import TCPStore
+
     where = f"{place.address}:{place.port}"
     is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         if is_agents:  # it was there before us: when nobody listens now, it will not come back
             socket.create_connection((place.address, place.port), start_seconds()).close()
-        return dist.TCPStore(
+        return TCPStore(
             place.address,
             place.port,
             is_master=place.rank == 0 and not is_agents,
@@ -129,7 +133,7 @@ def connect(place: Place) -> dist.Store:
         ) from None
 
 
-def meeting_point(place: Place) -> dist.Store:
+def meeting_point(place: Place) -> "Store":
     """A key-value store that holds nothing but what these processes write to it.
 
     The one that torchrun keeps for its workers outlives them, so that after a restart a process may
@@ -141,6 +145,8 @@ def meeting_point(place: Place) -> dist.Store:
 
     Raises RankError that names the ranks which have not come within start_seconds().
     """
+    from torch.distributed import PrefixStore
+
     store = connect(place)
     deadline = time.monotonic() + start_seconds()
     name = uuid.uuid4().hex
@@ -154,10 +160,10 @@ def meeting_point(place: Place) -> dist.Store:
             f"rank {place.rank}: lost {place.address}:{place.port} while ranks were starting"
             f" ({first_line(error)})"
         ) from None
-    return dist.PrefixStore(name, store)
+    return PrefixStore(name, store)
 
 
-def _invite(store: dist.Store, place: Place, name: str, deadline: float) -> None:
+def _invite(store: "Store", place: Place, name: str, deadline: float) -> None:
     """Rank 0: answer every other rank until all have come in."""
     waited_for = set(range(1, place.world_size))
     while waited_for:
@@ -176,7 +182,7 @@ def _invite(store: dist.Store, place: Place, name: str, deadline: float) -> None
     store.set(f"{name}/all", "")
 
 
-def _asker(store: dist.Store, place: Place, rank: int) -> str | None:
+def _asker(store: "Store", place: Place, rank: int) -> str | None:
     """The id that this rank shows. On rank 0's own machine the start must be the same; on others
     torchrun has a folder of its own, and the last to ask is heard."""
     neighbour = f"ask/{rank}/{place.node}/{place.start}"
@@ -188,7 +194,7 @@ def _asker(store: dist.Store, place: Place, rank: int) -> str | None:
     return None
 
 
-def _ask(store: dist.Store, place: Place, own_id: str, deadline: float) -> str:
+def _ask(store: "Store", place: Place, own_id: str, deadline: float) -> str:
     """Any other rank: the name that rank 0 gives out, once all have come in."""
     name = ""
     while not (name and store.check([f"{name}/all"])):
@@ -277,7 +283,7 @@ def _first_process_is_python() -> bool:
     return b"python" in command or b"torchrun" in command
 
 
-def name_those_who_hang(store: dist.Store, rank: int, world_size: int, position: int) -> str:
+def name_those_who_hang(store: "Store", rank: int, world_size: int, position: int) -> str:
     """What to say when nothing has gone on for hang_seconds(): the ranks that are behind the others
     or do not answer, and where each is in its code; "" on all ranks but the first that can speak.
 

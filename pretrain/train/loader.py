@@ -1,16 +1,15 @@
 """From a step number to this rank's batch of tokens, straight out of memory-mapped shards.
 
-    loader = ShardLoader(paths, batch_size=8, block_size=1024, accumulation_steps=5, rank=0,
-    world_size=8) x, y = loader.batch(1000)                  # int64 (5, 8, 1024) each; y is x one
-    token later for x, y in loader.prefetch(1000): ...     # the same from step 1000 on, read ahead
-    by a thread
+    loader = ShardLoader(paths, batch_size=8, block_size=1024, accumulation_steps=5)
+    x, y = loader.batch(1000)                   # int64 (5, 8, 1024) each; y is x one token later
+    for x, y in loader.prefetch(1000): ...      # the same from step 1000 on, read ahead by a thread
 
-The shards lie end to end as one stream of tokens. Window i is the block_size + 1 tokens from i *
-stride on; a window may begin in one shard and end in the next, so nothing depends on where shards
-were cut. Windows are numbered through all epochs: step s uses the positions [s * global_batch, (s +
-1) * global_batch), and position p is window p mod windows_per_epoch in the order of epoch p //
-windows_per_epoch. That is all there is: no state, hence nothing to save, and any world size that
-divides the global batch trains on the same sequences.
+The shards lie end to end as one stream of tokens. Window i is the block_size + 1 tokens from
+i * stride on; a window may begin in one shard and end in the next, so nothing depends on where
+shards were cut. Windows are numbered through all epochs: step s uses the positions from
+s * global_batch up to (s + 1) * global_batch, and position p is window p mod windows_per_epoch in
+the order of epoch p // windows_per_epoch. That is all there is: no state, hence nothing to save,
+and any world size that divides the global batch trains on the same sequences.
 
 Order of an epoch: the stream, rotated by a random offset, is cut into chunks of 2,048 windows (4
 MiB at 1,024 tokens), 32 chunks drawn at random make a pool, and the windows of a pool are shuffled
@@ -19,10 +18,11 @@ is used, and a batch still mixes 32 places of the data set. Fewer than 65,536 wi
 that is, shuffled evenly.
 """
 
+import contextlib
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,9 +34,7 @@ from pretrain.tokens.shards import NAME_PATTERN, Manifest, ShardError, open_shar
 
 CHUNK_WINDOWS = 2048
 POOL_CHUNKS = 32
-VERIFIED_BYTES = (
-    2 * 10**9
-)  # data sets up to this size are hashed whenever a run starts: a second per GB
+VERIFIED_BYTES = 2 * 10**9  # data up to this size is hashed whenever a run starts: a second per GB
 READ_AHEAD_TOKENS = 2**20  # the prefetching thread makes at least this many tokens at a time, 2 MiB
 
 
@@ -59,6 +57,7 @@ class TokenWindows:
         """
         self.paths = [Path(path) for path in paths]
         self.block_size, self.stride, self.vocab_size = block_size, stride or block_size, vocab_size
+        # Token t of the stream is in the first shard whose end is above t.
         self.ends = np.cumsum([len(open_shard(path)) for path in self.paths], dtype=np.int64)
         self.num_tokens = int(self.ends[-1]) if self.paths else 0
         self._open = lru_cache(maxsize=256)(self._map)  # a map holds a file descriptor
@@ -69,6 +68,7 @@ class TokenWindows:
             )
 
     def __len__(self) -> int:
+        # The last window needs one token more than block_size: the target of its last position.
         return (self.num_tokens - 1 - self.block_size) // self.stride + 1
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
@@ -80,25 +80,28 @@ class TokenWindows:
         # Views of bytes, joined in one go: four times as fast as slices of arrays, one by one.
         size = 2 * (self.block_size + 1)
         maps = {shard: self._open(shard) for shard in set(shards.tolist())}
-        parts = [
+        parts: list[memoryview | bytes] = [
             maps[s][i : i + size] for s, i in zip(shards.tolist(), offsets.tolist(), strict=True)
         ]
-        for window in np.flatnonzero(starts + self.block_size >= self.ends[shards]):
-            part, shard = bytes(parts[window]), shards[window]
-            while len(part) < size:  # the window goes on in the next shard
+        # A shard ends wherever its size was reached, in the middle of a sentence: a window that
+        # meets the end goes on in the next shard, else a few tokens of each would never be used.
+        for window in np.flatnonzero(starts + self.block_size >= self.ends[shards]).tolist():
+            part, shard = bytes(parts[window]), int(shards[window])
+            while len(part) < size:  # a shard may be shorter than what is missing
                 shard += 1
                 part += bytes(self._open(shard)[: size - len(part)])
             parts[window] = part
         tokens = np.frombuffer(b"".join(parts), dtype="<u2").reshape(
             len(numbers), self.block_size + 1
         )
+        # An embedding that is asked for a row it lacks fails on a GPU without saying why.
         if tokens.max(initial=0) >= self.vocab_size:
             self._report_bad_id(tokens, starts)
         return tokens
 
     def read_ahead(self, first: int, last: int) -> None:
         """Ask the system to have the tokens of windows first..last (inclusive) in memory soon;
-        returns at once."""
+        returns at once. A hint: what goes wrong here is left to the reading itself."""
         if not hasattr(os, "posix_fadvise"):
             return
         start, stop = first * self.stride, last * self.stride + self.block_size + 1
@@ -106,14 +109,14 @@ class TokenWindows:
             begin, end = int(self.ends[shard - 1]) if shard else 0, int(self.ends[shard])
             if begin >= stop:
                 break
-            with open(self.paths[shard], "rb") as file:
+            with contextlib.suppress(OSError), open(self.paths[shard], "rb") as file:
                 header = os.fstat(file.fileno()).st_size - 2 * (end - begin)
                 offset = header + 2 * (max(start, begin) - begin)
                 length = 2 * (min(stop, end) - max(start, begin))
                 os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
     def _map(self, shard: int) -> memoryview:
-        return memoryview(open_shard(self.paths[shard])).cast("B")
+        return open_shard(self.paths[shard]).data.cast("B")
 
     def _report_bad_id(self, tokens: np.ndarray, starts: np.ndarray) -> None:
         row, column = np.argwhere(tokens >= self.vocab_size)[0]
@@ -153,11 +156,14 @@ class ShardLoader:
         self.shape = (accumulation_steps, batch_size, block_size + 1)
         self.global_batch = accumulation_steps * batch_size * world_size  # sequences per step
         self.seed, self.shuffle, self.pin_memory = seed, shuffle, pin_memory
+        # Positions within a step's global batch, micro-step after micro-step and in each of them
+        # rank after rank. A step is their whole, so it is the same for any split of its batch.
         micro_steps = np.arange(accumulation_steps) * world_size + rank
         self._share = (micro_steps[:, None] * batch_size + np.arange(batch_size)).reshape(-1)
         self._pool_ahead: tuple[int, int] | None = None
-        self._epoch = lru_cache(maxsize=2)(self._epoch)
-        self._pool = lru_cache(maxsize=4)(self._pool)
+        # Two epochs, since a batch may span their border; the pools of both, and those read ahead.
+        self._epoch: Callable[[int], tuple[int, np.ndarray]] = lru_cache(2)(self._make_epoch)
+        self._pool: Callable[[int, int], np.ndarray] = lru_cache(4)(self._make_pool)
 
     @property
     def windows_per_epoch(self) -> int:
@@ -178,11 +184,12 @@ class ShardLoader:
 
     def prefetch(
         self, step: int = 0, *, device: torch.device | str = "cpu"
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """batch(step), batch(step + 1), ... without end, on the device, made ahead by a thread.
         Close the iterator (contextlib.closing) to end the thread. What goes wrong in the thread is
         raised here."""
         steps = max(1, READ_AHEAD_TOKENS // (self._share.size * self.shape[-1]))  # made at a time
+        # One made and one in the making is enough: the thread is faster than any training.
         made: queue.Queue = queue.Queue(maxsize=2)
         closed = threading.Event()
 
@@ -194,7 +201,7 @@ class ShardLoader:
                     tokens = self._tokens(step, steps)
                     put(page_locked(tokens) if self.pin_memory else tokens)
                     step += steps
-            except BaseException as error:
+            except BaseException as error:  # a thread's own traceback would go unnoticed
                 put(error)
 
         def put(item: np.ndarray | Tensor | BaseException) -> None:
@@ -227,6 +234,8 @@ class ShardLoader:
         epochs, places = np.divmod(positions, len(self.windows))
         if not self.shuffle:
             return places
+        # Even shuffling over terabytes would read a window here and a window there; a pool is a
+        # piece of the epoch small enough to be read whole, and mixed evenly.
         windows = np.empty_like(places)
         pool_windows = CHUNK_WINDOWS * POOL_CHUNKS
         pools_per_epoch = -(-len(self.windows) // pool_windows)
@@ -245,9 +254,10 @@ class ShardLoader:
         ).reshape(-1)
         return self.windows.read(self.order(positions)).reshape(steps, *self.shape)
 
-    def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+    def _make_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
         """How far the epoch's windows are rotated, and its chunks in order, the one that is not
         full at the end."""
+        # The rotation moves the borders of chunks: windows that share one now do not next time.
         num_windows = len(self.windows)
         random = _random_bits((self.seed, epoch), -(-num_windows // CHUNK_WINDOWS) + 1)
         full = num_windows // CHUNK_WINDOWS
@@ -260,7 +270,7 @@ class ShardLoader:
         rotation, chunks = self._epoch(epoch)
         return rotation, chunks[pool * POOL_CHUNKS : (pool + 1) * POOL_CHUNKS]
 
-    def _pool(self, epoch: int, pool: int) -> np.ndarray:
+    def _make_pool(self, epoch: int, pool: int) -> np.ndarray:
         """The pool's window numbers in the order in which they are used."""
         rotation, chunks = self._chunks(epoch, pool)
         windows = (chunks[:, None] * CHUNK_WINDOWS + np.arange(CHUNK_WINDOWS)).reshape(-1)
@@ -308,6 +318,17 @@ def verify_data(
         wanted = sum(path.stat().st_size for path in paths) <= VERIFIED_BYTES
     for path in paths[rank::world_size] if wanted else ():
         verify_shard(path, expected.get(path.name))
+
+
+def refuse_different_data(data_dir: str | Path, fingerprints: Sequence[str]) -> None:
+    """Raise ShardError where the folder is not the same for all ranks, whose fingerprints of it
+    (see data_fingerprint) these are: machines with a disk each may hold different shards."""
+    others = [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
+    if others:
+        raise ShardError(
+            f"{data_dir}: on the machine of rank {others[0]} it holds other shards than on that of"
+            " rank 0; copy one folder to all machines"
+        )
 
 
 def _random_bits(key: tuple[int, ...], count: int) -> np.ndarray:

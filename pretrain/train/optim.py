@@ -40,8 +40,9 @@ def make_optimizer(
     learning_rate: float,
     weight_decay: float,
     betas: Betas,
-) -> "torch.optim.Optimizer | Optimizers":
-    """The optimizer of this name (see OPTIMIZERS) over the parameters of the model that train.
+) -> Any:
+    """The optimizer of this name (see OPTIMIZERS) over the parameters of the model that train: one
+    of torch's, or Optimizers.
 
     Each of its param_groups has an "lr_scale": whoever changes the rate sets group["lr"] to the
     rate times that.
@@ -250,10 +251,7 @@ class Optimizers:
             part.load_state_dict(state[name])
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer | Optimizers]] = {
-    "adamw": adamw,
-    "muon": muon,
-}
+OPTIMIZERS: dict[str, Callable[..., Any]] = {"adamw": adamw, "muon": muon}
 
 
 # ---- The learning rate of the update that turns step `step` into `step + 1`; the first is step 0.

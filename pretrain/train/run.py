@@ -96,6 +96,18 @@ class Run:
         self.path = self.ranks.on_first(self._find)
         if self.path:
             self.saved = read_on_first(self.ranks, self._load)
+        elif settings.resume == "auto":
+            self.ranks.together(self._refuse_run_elsewhere)
+
+    def _refuse_run_elsewhere(self) -> None:
+        """Rank 0's disk holds no run; another machine's may, if torchrun has put them in another
+        order than last time: not to be begun anew. Raises CheckpointError."""
+        elsewhere = self.ranks.nodes[self.ranks.rank] != self.ranks.nodes[0]
+        if elsewhere and (found := sorted(self.out_dir.glob("*.pt"))):
+            raise CheckpointError(
+                f"{found[0]}: on the disk of rank {self.ranks.rank}'s machine, while rank 0 reads"
+                " and writes the run: start that machine first, or copy the folder to rank 0's"
+            )
 
     def _lock(self) -> None:
         self._stack.enter_context(checkpoints.lock(self.out_dir))

@@ -16,6 +16,7 @@ from typing import Any
 
 from pretrain.errors import UserError, say
 from pretrain.flags import AMOUNT, COUNT, LARGEST, parse_with_config
+from pretrain.rendezvous import is_first_rank
 from pretrain.report import trackers
 from pretrain.text.source import SourceError
 from pretrain.tokens.shards import ShardError, find_shards
@@ -171,7 +172,7 @@ def from_command_line(argv: Sequence[str] | None) -> TrainSettings | None:
 def _number(name: str, default: int) -> int:
     """What torchrun set; what else stands there is refused where the ranks meet."""
     text = os.environ.get(name, "")
-    return int(text) if text.isascii() and text.isdecimal() else default
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else default
 
 
 def with_length(settings: TrainSettings, steps_per_epoch: float) -> TrainSettings:
@@ -230,7 +231,9 @@ def problems_of(settings: TrainSettings) -> list[str]:
     for package in trackers.PACKAGES:
         if getattr(settings, package) and (problem := trackers.missing(package)):
             problems.append(f"--{package} {problem}")
-    if settings.resume not in ("auto", "never") and not os.path.isfile(settings.resume):
+    is_named = settings.resume not in ("auto", "never")
+    # Rank 0 reads it for all; other machines need not have it.
+    if is_named and is_first_rank() and not os.path.isfile(settings.resume):
         problems.append(f"--resume {settings.resume}: no such file (and neither auto nor never)")
     if settings.hellaswag_data and not os.path.isfile(settings.hellaswag_data):
         problems.append(f"--hellaswag_data {settings.hellaswag_data}: no such file")

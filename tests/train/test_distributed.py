@@ -247,7 +247,7 @@ found = {{
     "on_first_fails": attempt(ranks.on_first, fail, ranks.rank, 0),
     "together": attempt(ranks.together, fail, ranks.rank, -1),
     "together_fails": attempt(ranks.together, fail, ranks.rank, 1),
-    "on_each_node": ranks.on_each_node(lambda: f"made by {{ranks.rank}}"),
+    "on_every_disk": ranks.on_every_disk(lambda: f"made by {{ranks.rank}}"),
     "node_ranks": ranks.node_ranks,
 }}
 state = {{
@@ -258,8 +258,8 @@ state = {{
 got = ranks.broadcast_state(state if ranks.rank == 0 else None)
 found["state"] = repr(got) == repr(state)
 ranks.nodes = ["a", "b"]  # as if each were on a machine of its own
-found["on_two_nodes"] = ranks.on_each_node(lambda: f"made by {{ranks.rank}}")
-found["on_two_nodes_fails"] = attempt(ranks.on_each_node, fail, ranks.rank, 1)
+found["on_two_nodes"] = ranks.on_every_disk(lambda: f"made by {{ranks.rank}}")
+found["on_two_nodes_fails"] = attempt(ranks.on_every_disk, fail, ranks.rank, 1)
 guard = FiniteGuard(ranks, torch.amp.GradScaler("cpu", enabled=False))
 nan = torch.tensor(float("nan"))
 found["guard"] = attempt(guard.check, 5, nan if ranks.rank == 1 else torch.tensor(2.5), nan)
@@ -319,7 +319,7 @@ def test_a_state_arrives_as_it_was_with_every_kind_of_tensor(found):
 
 def test_one_rank_a_machine_does_what_concerns_its_disk(found):
     for rank, values in enumerate(found):
-        assert values["node_ranks"] == [0, 1] and values["on_each_node"] == "made by 0"
+        assert values["node_ranks"] == [0, 1] and values["on_every_disk"] == "made by 0"
         assert values["on_two_nodes"] == f"made by {rank}"
         assert values["on_two_nodes_fails"] == "CheckpointError: rank 1 cannot"
 

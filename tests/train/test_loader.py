@@ -7,7 +7,12 @@ import torch
 
 from pretrain.tokens.shards import Manifest, Shard, ShardError
 from pretrain.train import loader as loader_module
-from pretrain.train.loader import ShardLoader, TokenWindows, verify_data
+from pretrain.train.loader import (
+    ShardLoader,
+    TokenWindows,
+    refuse_different_data,
+    verify_data,
+)
 
 
 def write_shards(folder, lengths, seed=0, split="train", highest=50257):
@@ -192,6 +197,22 @@ def test_reading_ahead_asks_for_exactly_the_bytes_of_the_windows(tmp_path, monke
     windows.read_ahead(8, 11)
     header = 128
     assert asked == [(header + 160, 40), (header, 10), (header, 32)]
+
+
+def test_a_hint_to_the_system_that_fails_ends_no_run(tmp_path, monkeypatch):
+    paths, _ = write_shards(tmp_path, [100])
+
+    def refuse(*arguments):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("os.posix_fadvise", refuse, raising=False)
+    TokenWindows(paths, block_size=10).read_ahead(0, 3)
+
+
+def test_machines_with_other_shards_than_rank_0_are_named():
+    refuse_different_data("data", ["a", "a"])
+    with pytest.raises(ShardError, match="data: on the machine of rank 2 it holds other shards"):
+        refuse_different_data("data", ["a", "a", "b", "b"])
 
 
 def test_prefetching_gives_the_batches_of_the_steps_in_order(tmp_path, monkeypatch):
