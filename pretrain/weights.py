@@ -98,7 +98,7 @@ def read(path: str | Path, *, verify: bool = True) -> Any:
             elif head[:1] == pickle.PROTO:
                 names = _globals_of_old_format(file)
             else:
-                raise Damaged("not a file of torch.save, or damaged at its beginning")
+                raise Damaged("damaged at its beginning, or not a file of torch.save")
             return _plain(_load(path, names, is_zip))
         except (Damaged, MemoryError):
             raise

@@ -321,8 +321,9 @@ def lock(out_dir: str | Path) -> contextlib.ExitStack:
     try:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         stack.enter_context(files.lock(Path(out_dir) / ".lock", busy))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a name that no system takes
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"--out_dir {out_dir}: cannot be used: {error.strerror or error}; choose another"
+            f"--out_dir {out_dir}: cannot be used: {reason}; choose another"
         ) from None
     return stack

@@ -1,5 +1,5 @@
-"""Which checkpoint is the best, after kills, deletions and resumes: the record in a checkpoint and the
-name best_val_loss.pt say the same."""
+"""Which checkpoint is the best, after kills, deletions and resumes: the record in a checkpoint and
+the name best_val_loss.pt say the same."""
 
 import math
 

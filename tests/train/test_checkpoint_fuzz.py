@@ -1,5 +1,5 @@
-"""Checkpoints with bytes flipped, cut off or put in, and with parts of their structure replaced: what
-is read is as it was, or there is one line that says what is wrong."""
+"""Checkpoints with bytes flipped, cut off or put in, and with parts of another kind: what is read
+is as it was, or there is one line that says what is wrong."""
 
 import io
 from functools import cache

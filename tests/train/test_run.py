@@ -130,10 +130,9 @@ def test_a_run_of_the_version_before_goes_on_to_the_same_losses(tmp_path, capfd)
         shutil.copyfile(BEFORE / "checkpoint_step3.pt", tmp_path / name)
     shutil.copyfile(BEFORE / "metrics.jsonl", tmp_path / "metrics.jsonl")
     saved = json.loads((BEFORE / "config.json").read_text())["flags"]
+    left_out = ("data", "data_dir", "out_dir", "max_iters", "epochs", "key_token_alpha")
     kept = {
-        name: value
-        for name, value in saved.items()
-        if value is not None and name not in ("data", "data_dir", "out_dir", "max_iters", "epochs")
+        name: value for name, value in saved.items() if value is not None and name not in left_out
     }
     kept |= {"data_dir": BEFORE / "data", "max_iters": 6}
     argv = [word for name, value in kept.items() for word in (f"--{name}", str(value))]
