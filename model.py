@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.errors import CheckpointError as CheckpointError  # what load_checkpoint raises
+from pretrain.errors import CheckpointError
 from pretrain.ops import Linear, linear, linear_cross_entropy, score_head
+
+__all__ = ["GPT", "CheckpointError", "GPTConfig", "KVCache", "load_checkpoint"]
 
 
 @dataclass

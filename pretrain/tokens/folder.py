@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.errors import UserError
 from pretrain.files import lock, temporary_name
-from pretrain.text import documents
-from pretrain.text.documents import Source
+from pretrain.text.documents import Source, changed_files
 from pretrain.tokens.formats import token_files
 from pretrain.tokens.shards import (
     MANIFEST,
@@ -90,19 +89,7 @@ def changes_of_source(manifest: Manifest, source: Source) -> list[str]:
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key)
     ]
-    compare = getattr(documents, "changed_files", _changed_files)
-    return changes or compare(files_there, source)
-
-
-def _changed_files(recorded: list[dict], source: Source) -> list[str]:
-    here = source.description["files"]
-    if len(recorded) != len(here):
-        return [f"{len(recorded)} files then, {len(here)} now"]
-    return [
-        f"{now['path']} changed"
-        for before, now in zip(recorded, here, strict=True)
-        if (before if source.files[0].url else {**before, "path": now["path"]}) != now
-    ]
+    return changes or changed_files(files_there, source)
 
 
 def _refuse_foreign_shards(folder: Path) -> None:

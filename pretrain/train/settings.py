@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError, say
@@ -334,11 +335,10 @@ def _check_data(settings: TrainSettings) -> list[str]:
     try:
         if data:
             # Here, since building shards loads pyarrow.
-            from pretrain.text.documents import local_source
-            from pretrain.tokens.owntext import is_shard_folder
+            from pretrain.tokens.owntext import is_shard_folder, open_text
 
             if len(data) > 1 or not is_shard_folder(data[0]):
-                local_source(data)
+                open_text(data, Path(settings.out_dir))
                 return []
         for split in ("train", "val") if settings.is_evaluated else ("train",):
             find_shards(data[0] if data else settings.data_dir, split)
