@@ -122,8 +122,7 @@ def _check_file(file: Path) -> None:
 
     try:
         if file.suffix in PICKLES:
-            with torch.serialization.safe_globals(ARRAYS):
-                weights.read(file)
+            weights.read(file, allowed=ARRAYS)
         elif file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 pass

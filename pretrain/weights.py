@@ -19,6 +19,7 @@ import re
 import stat
 import struct
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
 
@@ -80,11 +81,12 @@ def source_sha256(model: nn.Module) -> str:
 # ---- torch.save's files
 
 
-def read(path: str | Path, *, verify: bool = True) -> Any:
+def read(path: str | Path, *, verify: bool = True, allowed: Collection[Any] = ()) -> Any:
     """What torch.save wrote: tensors on the CPU, mapped from the file.
 
     verify: compare the checksums that torch.save stored, at 1 to 2 GB/s; torch.load alone does not
-    notice a flipped bit. NumPy's scalars become Python's, a GPTConfig at the top level a dict.
+    notice a flipped bit. allowed: types and functions that the pickle may name besides, and that
+    are loaded as themselves: those of arrays, say. NumPy's scalars become Python's, a GPTConfig at the top level a dict.
     Raises Damaged, OSError.
     """
     with opened(path) as file:
@@ -94,11 +96,14 @@ def read(path: str | Path, *, verify: bool = True) -> Any:
         try:
             is_zip = head == b"PK\x03\x04"  # torch.save's format since 1.6
             if is_zip:
-                names = _globals(io.BytesIO(_pickle_in_zip(file, size, verify)))
+                names = _globals(io.BytesIO(_pickle_in_zip(file, size, verify)), allowed)
             elif head[:1] == pickle.PROTO:
-                names = _globals_of_old_format(file)
+                names = _globals_of_old_format(file, allowed)
             else:
                 raise Damaged("damaged at its beginning, or not a file of torch.save")
+            if allowed:
+                with torch.serialization.safe_globals(list(allowed)):
+                    return _load(path, set(), is_zip)
             return _plain(_load(path, names, is_zip))
         except (Damaged, MemoryError):
             raise
@@ -167,23 +172,24 @@ def _pickle_in_zip(file: IO[bytes], size: int, verify: bool) -> bytes:
         return archive.read(pickles[0])
 
 
-def _globals_of_old_format(file: IO[bytes]) -> set[str]:
+def _globals_of_old_format(file: IO[bytes], allowed: Collection[Any]) -> set[str]:
     """torch.save before 1.6: magic number, version, machine, the object, keys of its tensors."""
     head = io.BytesIO(file.read(MAX_PICKLE_BYTES))
-    return set().union(*(_globals(head) for _ in range(5)))
+    return set().union(*(_globals(head, allowed) for _ in range(5)))
 
 
-def _globals(file: IO[bytes]) -> set[str]:
+def _globals(file: IO[bytes], allowed: Collection[Any]) -> set[str]:
     """Dotted names that a pickle refers to, read without executing it. Raises Damaged for one that
     tensors and plain values have no use for."""
     names, strings = set(), set()
+    known = {_name(each) for each in allowed}
     for operation, argument, _ in pickletools.genops(file):
         if operation.name == "GLOBAL":
             names.add(str(argument).replace(" ", "."))
         elif isinstance(argument, str):
             strings.add(argument.lower()[:64])
     for name in sorted(names):
-        if not any(kind.fullmatch(name) for kind in (PLAIN, NUMPY, CONFIG)):
+        if name not in known and not any(kind.fullmatch(name) for kind in (PLAIN, NUMPY, CONFIG)):
             raise Damaged(
                 f"it holds {name[:80]}, more than tensors and plain values, which is refused"
                 " because loading it could run code; save its weights alone, as a dict"
@@ -192,6 +198,13 @@ def _globals(file: IO[bytes]) -> set[str]:
     if "_codecs.encode" in names and any("punycode" in s or "idna" in s for s in strings):
         raise Damaged("it holds text in an encoding that tensors and numbers have no use for")
     return names
+
+
+def _name(allowed: Any) -> str:
+    """As a pickle names it: torch's safe_globals take (what, name) where that is another name."""
+    if isinstance(allowed, tuple):
+        return str(allowed[1])
+    return f"{allowed.__module__}.{allowed.__qualname__}"
 
 
 def _too_much(size: int) -> str:
