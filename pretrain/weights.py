@@ -86,8 +86,8 @@ def read(path: str | Path, *, verify: bool = True, allowed: Collection[Any] = ()
 
     verify: compare the checksums that torch.save stored, at 1 to 2 GB/s; torch.load alone does not
     notice a flipped bit. allowed: types and functions that the pickle may name besides, and that
-    are loaded as themselves: those of arrays, say. NumPy's scalars become Python's, a GPTConfig at the top level a dict.
-    Raises Damaged, OSError.
+    are loaded as themselves: those of arrays, say. Otherwise NumPy's scalars become Python's, and a
+    GPTConfig at the top level a dict. Raises Damaged, OSError.
     """
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
