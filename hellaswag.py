@@ -13,34 +13,31 @@ The same evaluate() scores inside training.
 """
 
 import argparse
-import contextlib
-import json
-import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain import files
+from pretrain.errors import UserError, program
+from pretrain.eval.arguments import add_device_flags, add_model_flags, new_parser, parse_or_exit
 from pretrain.eval.hellaswag import (
     DEFAULT_FOLDER,
-    PUBLISHED_FILES,
     SPLITS,
     STYLES,
     DataUnavailable,
     Example,
     HellaSwagError,
-    data_sha256,
-    encode,
     ensure_data,
     load_examples,
 )
+from pretrain.flags import COUNT
+from pretrain.report.known import KNOWN
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
+    from pretrain.eval.scoring import Result
+    from pretrain.eval.scoring import score_examples as evaluate
 
 __all__ = [
     "DataUnavailable",
@@ -53,323 +50,90 @@ __all__ = [
     "main",
 ]
 
-# (acc, acc_norm) of OpenAI's weights on all 10,042 examples of val. completion: the loop that the
-# GPT-2 reproduction community uses; lm-eval: EleutherAI's lm-evaluation-harness, task hellaswag, no
-# examples in the prompt.
-PUBLISHED = {
-    "completion": {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)},
-    "lm-eval": {"gpt2": (0.2892, 0.3114), "gpt2-xl": (0.4004, 0.5089)},
-}
-DEFAULT_CHECKPOINT = Path("checkpoints/best_val_loss.pt")
 
+def __getattr__(name: str) -> Any:
+    """`evaluate` and `Result` are those of pretrain.eval.scoring, loaded with torch when asked
+    for."""
+    if name not in ("evaluate", "Result"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pretrain.eval import scoring
 
-@dataclass(frozen=True)
-class Result:
-    """Accuracies, and the arrays that they are made of, in the order of the examples."""
-
-    style: str
-    n: int  # examples
-    acc: float  # share whose right ending has the lowest loss, summed over its tokens
-    acc_norm: float  # the same of the loss per token (completion) or character (lm-eval)
-    acc_stderr: float  # sqrt(acc (1 - acc) / (n - 1)), NaN for one example
-    acc_norm_stderr: float
-    truncated: int  # endings whose context was cut on the left to fit into the model
-    seconds: float
-    losses: "np.ndarray"  # float64 (n, 4), summed, nats
-    losses_norm: "np.ndarray"  # float64 (n, 4), per token or character
-    picks: "np.ndarray"  # int64 (n,), index of the lowest loss, the first of equal ones
-    picks_norm: "np.ndarray"  # int64 (n,), the same of losses_norm
-    labels: "np.ndarray"  # int64 (n,)
-
-    def summary(self) -> dict[str, Any]:
-        """The numbers alone, as JSON takes them: a standard error that is not defined is None."""
-        names = (
-            "style",
-            "n",
-            "acc",
-            "acc_norm",
-            "acc_stderr",
-            "acc_norm_stderr",
-            "truncated",
-            "seconds",
-        )
-        values = {name: getattr(self, name) for name in names}
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
-
-
-def evaluate(
-    model: Callable,
-    examples: Sequence[Example],
-    *,
-    style: str = "completion",
-    batch_tokens: int | None = None,
-    device: "torch.device | str | None" = None,
-    dtype: "torch.dtype | None" = None,
-    rank: int = 0,
-    world_size: int = 1,
-    group: Any = None,
-    progress: bool = False,
-    interrupted: Callable[[], bool] = lambda: False,
-) -> Result | None:
-    """Score a model: our GPT or transformers' GPT-2 (either may be wrapped by DDP or
-    torch.compile), or, with less speed, anything that maps token ids int64 (B, T) to logits (B, T,
-    vocabulary).
-
-    batch_tokens: positions in a batch, which bounds the memory (default: by device). device:
-    default that of the model's weights. dtype: of the computation, by autocast (default: that of
-    the weights). With world_size > 1 all ranks call this with the same examples, add up their
-    losses in the process group `group`, and get the same whole result, that of world_size 1. The
-    model is in eval mode meanwhile, and in its own mode after.
-
-    Returns None if `interrupted`, which is asked after each batch, has said so on any rank. Raises
-    HellaSwagError if losses are not finite, or for a vocabulary that is not GPT-2's.
-    """
-    import numpy as np
-    import torch
-
-    from pretrain.eval import choices as engine
-    from pretrain.eval.generation import evaluating
-    from pretrain.tokens.tokenizer import VOCAB_SIZE, load_encoding
-
-    t0 = time.perf_counter()
-    weights = model.parameters() if hasattr(model, "parameters") else ()
-    device = torch.device(device or next((w.device for w in weights), "cpu"))
-    encoding = load_encoding()
-    items, lengths = zip(*(encode(example, style, encoding) for example in examples), strict=True)
-    lengths, labels = np.array(lengths), np.array([example.label for example in examples])
-    parts = engine.take_apart(model)
-    if (parts.vocab_size or VOCAB_SIZE) < VOCAB_SIZE:
-        raise HellaSwagError(
-            f"a vocabulary of {parts.vocab_size} tokens is not GPT-2's of {VOCAB_SIZE}"
-        )
-    rows = engine.make_rows(items, parts.block_size, share=parts.packs)
-    batches = engine.make_batches(rows, batch_tokens or engine.BATCH_TOKENS.get(device.type, 4096))
-    mine = batches[rank::world_size]  # whole ones, so that rounding does not depend on world_size
-
-    losses = np.zeros((len(items), 4))
-    stopped = False
-    with (
-        evaluating(model),
-        engine.computing(device, dtype),
-        _bar(mine, progress and rank == 0) as show,
-    ):
-        for scores in engine.score(parts, mine, device):
-            losses[scores.items, scores.choices] = scores.sums
-            show(scores, losses, lengths, labels)
-            if stopped := interrupted():
-                break
-    if world_size > 1:
-        losses, stopped = _add_up(losses, stopped, device, group)
-    if stopped:
-        return None
-    if bad := (~np.isfinite(losses)).any(axis=1).sum():
-        raise HellaSwagError(
-            f"losses of the model are not finite on {bad} of {len(items)} examples"
-        )
-    truncated = sum(
-        len(row.choices) for row in rows if len(row.context) < len(items[row.item].context)
-    )
-    numbers = _accuracies(losses, lengths, labels)
-    return Result(
-        style, len(items), truncated=truncated, seconds=time.perf_counter() - t0, **numbers
-    )
-
-
-def _accuracies(
-    losses: "np.ndarray", lengths: "np.ndarray", labels: "np.ndarray"
-) -> dict[str, Any]:
-    """The fields of a Result that follow from losses (n, 4), lengths (n, 4) and labels (n,)."""
-    import numpy as np
-
-    with np.errstate(
-        divide="ignore"
-    ):  # an empty ending has no characters: infinite loss per character
-        found: dict[str, Any] = {
-            "losses": losses,
-            "losses_norm": losses / lengths,
-            "labels": labels,
-        }
-    for norm in ("", "_norm"):
-        picks = found[f"losses{norm}"].argmin(axis=1)
-        share, n = float((picks == labels).mean()), len(labels)
-        stderr = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else math.nan
-        found |= {f"picks{norm}": picks, f"acc{norm}": share, f"acc{norm}_stderr": stderr}
-    return found
-
-
-@contextlib.contextmanager
-def _bar(batches: Sequence, shown: bool) -> Iterator[Callable]:
-    """A progress bar, on a terminal only, with the accuracy over what this rank has scored so
-    far."""
-    from tqdm import tqdm
-
-    total = sum(len(choices) for batch in batches for row in batch for choices in row.choices)
-    seen: set[int] = set()
-    with tqdm(
-        total=total, unit=" endings", desc="HellaSwag", disable=None if shown else True
-    ) as bar:
-
-        def show(scores, losses, lengths, labels) -> None:
-            bar.update(len(scores.items))
-            if not bar.disable:
-                seen.update(scores.items.tolist())
-                some = list(seen)
-                picks = (losses[some] / lengths[some]).argmin(axis=1)
-                bar.set_postfix(acc_norm=f"{(picks == labels[some]).mean():.4f}", refresh=False)
-
-        yield show
-
-
-def _add_up(
-    losses: "np.ndarray", stopped: bool, device: "torch.device", group: Any
-) -> tuple["np.ndarray", bool]:
-    """Losses of all ranks (each has zeros where another has its own), and whether any has
-    stopped."""
-    import numpy as np
-    import torch
-    import torch.distributed as dist
-
-    sums = torch.from_numpy(np.append(losses.ravel(), float(stopped)))
-    sums = sums.to(device if dist.get_backend(group) == "nccl" else "cpu")
-    dist.all_reduce(sums, group=group)
-    sums = sums.cpu().numpy()
-    return sums[:-1].reshape(losses.shape), bool(sums[-1])
-
-
-# ---- command line
+    return scoring.Result if name == "Result" else scoring.score_examples
 
 
 def build_parser() -> argparse.ArgumentParser:
-    published = "\n".join(
+    scores = "\n".join(
         f"  {style:12}"
         + ", ".join(f"{name} {acc:.4f} / {norm:.4f}" for name, (acc, norm) in models.items())
-        for style, models in PUBLISHED.items()
+        for style, models in KNOWN["hellaswag"].published.items()
     )
-    parser = argparse.ArgumentParser(
-        prog="hellaswag.py",
-        usage="hellaswag.py [--checkpoint PATH | --model NAME] [options]",
-        description="Score a model on HellaSwag: four endings of a text, one of them right. Chance is 0.25.",
-        epilog=f"published acc / acc_norm on the 10,042 examples of val, to compare with:\n{published}\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_parser(
+        "hellaswag.py",
+        "hellaswag.py [--checkpoint PATH | --model NAME] [options]",
+        "Score a model on HellaSwag: four endings of a text, one of them right. Chance is 0.25.",
+        f"published acc / acc_norm on the 10,042 examples of val, to compare with:\n{scores}\n",
     )
+    add_model_flags(parser)
     # fmt: off
-    add = parser.add_argument_group("the model").add_mutually_exclusive_group().add_argument
-    add("--checkpoint", type=Path, metavar="PATH",
-        help=f"a .pt file of train_gpt2.py, or the folder of a run (default: {DEFAULT_CHECKPOINT})")
-    add("--model", metavar="NAME",
-        help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, another GPT-2 on the Hugging Face hub, or a folder in "
-             "its format")
     add = parser.add_argument_group("the examples").add_argument
     add("--data", type=Path, metavar="FILE",
-        help="a .jsonl or .jsonl.gz file in HellaSwag's format (default: the published file, downloaded once "
-             f"into {DEFAULT_FOLDER}, or where the environment variable HELLASWAG_DIR says)")
+        help="a .jsonl or .jsonl.gz file in HellaSwag's format (default: the published file, "
+             f"downloaded once into {DEFAULT_FOLDER}, or where the environment variable "
+             "HELLASWAG_DIR says)")
     add("--split", choices=SPLITS, default="val",
-        help="which published file (default: val; train has 39,905 examples; test has no labels to score)")
-    add("--limit", type=_positive, metavar="N",
-        help="score N examples, a random choice that is always the same; the standard error is then 1 %% "
-             "(2,000 examples) or 3 %% (200) (default: all)")
-    add = parser.add_argument_group("scoring").add_argument
+        help="which published file (default: val; train has 39,905 examples; test has no labels "
+             "to score)")
+    add("--limit", type=COUNT, metavar="N",
+        help="score N examples, a random choice that is always the same; the standard error is "
+             "then 1 %% (2,000 examples) or 3 %% (200) (default: all)")
+    group = parser.add_argument_group("scoring")
+    add = group.add_argument
     add("--style", choices=STYLES, default="completion",
-        help="completion: the context as it is, acc_norm by loss per token, as people compare GPT-2 "
-             "reproductions; lm-eval: the activity in front, acc_norm by loss per character, as EleutherAI's "
-             "harness and most papers have it (default: completion)")
-    add("--batch_tokens", type=_positive, metavar="N",
+        help="completion: the context as it is, acc_norm by loss per token, as people compare "
+             "GPT-2 reproductions; lm-eval: the activity in front, acc_norm by loss per "
+             "character, as EleutherAI's harness and most papers have it (default: completion)")
+    add("--batch_tokens", type=COUNT, metavar="N",
         help="positions in a batch, which bounds the memory (default: 1024 on cpu, 16384 on cuda)")
-    add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the first of these there is)")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="of the computation (default: bfloat16 where the device computes in it, else float16 on a GPU, "
-             "else float32)")
+    add_device_flags(group, "computation")
     add = parser.add_argument_group("results").add_argument
     add("--output", type=Path, metavar="FILE.json",
         help="write accuracies, standard errors, model, data hash, settings, versions and seconds")
     add("--per_example", type=Path, metavar="FILE.jsonl",
         help="write a line for each example: the four losses, picks, label")
-    add("--show", type=_positive, metavar="N", default=0, help="print the first N examples with their losses")
+    add("--show", type=COUNT, metavar="N", default=0,
+        help="print the first N examples with their losses")
     # fmt: on
     return parser
 
 
-def _positive(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if int(text) > 0:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+def run(args: argparse.Namespace) -> None:
+    """Load, score, print and write."""
     try:
-        files = [file for file in (args.output, args.per_example) if file]
-        for file in files:
-            if file.is_dir() or not file.parent.is_dir():
-                raise HellaSwagError(f"{file}: is a folder, or is in none that exists")
-        try:
-            data = args.data or ensure_data(args.split, progress=first)
-        except DataUnavailable as error:
-            raise DataUnavailable(
-                f"{error}; a copy from elsewhere can be named with --data"
-            ) from None
-        examples = load_examples(data, args.limit)
-        model, about = _load_model(args)
-    except _user_errors() as error:
-        if first:  # up to here all ranks of a machine fail alike: one of them says so
-            print(f"hellaswag.py: error: {_one_line(error)}", file=sys.stderr)
-        return 1
-    try:
-        return _run(args, model, about, data, examples)
-    except _user_errors() as error:
-        print(f"hellaswag.py: error: {_one_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        check_outputs(args.output, args.per_example)
+        # What is here comes first, so that its mistakes are not said after minutes of a download.
+        examples = load_examples(args.data, args.limit) if args.data else []
 
+        from pretrain.eval.loading import open_model, user_errors
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    import torch
+        model, about = open_model(args.checkpoint, args.model, any_tokenizer=args.any_tokenizer)
+        data = args.data or download(args.split)
+        examples = examples or load_examples(data, args.limit)
+    except UserError as error:
+        error.on_all_ranks = True  # of this machine: one of them says so
+        raise
 
-    from model import CheckpointError
-    from pretrain.tokens.tokenizer import TokenizerUnavailable
-    from pretrain.train import checkpoint as checkpoints
-
-    ours = HellaSwagError, CheckpointError, checkpoints.CheckpointError, TokenizerUnavailable
-    return *ours, torch.OutOfMemoryError, ValueError, OSError
-
-
-def _one_line(error: Exception) -> str:
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    return (
-        f"{line} Try a smaller --batch_tokens." if "OutOfMemory" in type(error).__name__ else line
-    )
-
-
-def _load_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The model on the CPU, and what to call it in results."""
-    from model import GPT, load_checkpoint
-    from pretrain.train import checkpoint as checkpoints
-
-    if args.model:
-        model, about = GPT.from_pretrained(args.model), {"name": args.model}
-    else:
-        path = checkpoints.model_file(args.checkpoint or DEFAULT_CHECKPOINT)
-        model, checkpoint = load_checkpoint(path)
-        about = {"name": str(path), "step": checkpoint.get("step")}
-    return model, about | {"parameters": model.num_parameters()}
-
-
-def _run(
-    args: argparse.Namespace, model: Any, about: dict, data: Path, examples: Sequence[Example]
-) -> int:
     from pretrain.distributed import Ranks, pick_dtype
+    from pretrain.eval import results
     from pretrain.eval.choices import BATCH_TOKENS
+    from pretrain.eval.scoring import score_examples
     from pretrain.report.runlog import provenance
 
-    ranks = Ranks.start(args.device)
-    dtype = pick_dtype(args.dtype, ranks.device)
+    with user_errors():
+        ranks = Ranks.start(args.device)
+        dtype = pick_dtype(args.dtype, ranks.device)
     batch_tokens = args.batch_tokens or BATCH_TOKENS[ranks.device.type]
-    model.to(ranks.device)
-    result = evaluate(
-        model,
+    result = score_examples(
+        model.to(ranks.device),
         examples,
         style=args.style,
         batch_tokens=batch_tokens,
@@ -380,9 +144,7 @@ def _run(
         group=ranks.control,
         progress=True,
     )
-    if ranks.is_first:
-        for i in range(min(args.show, result.n)):
-            print(_shown(examples[i], result, i))
+    if ranks.is_first and result is not None:
         settings = {
             "device": str(ranks.device),
             "dtype": str(dtype).removeprefix("torch."),
@@ -390,84 +152,46 @@ def _run(
             "world_size": ranks.world_size,
             "limit": args.limit,
         }
-        about = {"model": about, "data": _describe(data), "settings": settings}
+        described = {"model": about, "data": results.describe(data), "settings": settings}
+        # Files first: a reader of stdout that goes away must not cost them.
         if args.output:
-            record = {"task": "hellaswag", **result.summary(), **about, **provenance()}
-            _replace(args.output, json.dumps(record, indent=2) + "\n")
+            record = {"task": "hellaswag", **result.summary(), **described, **provenance()}
+            files.write_json(args.output, record)
         if args.per_example:
-            _replace(args.per_example, _lines(examples, result))
-        print(_report(result, **about))
+            lines = results.json_lines(results.per_example(examples, result))
+            files.write_text(args.per_example, lines)
+        for i in range(min(args.show, result.n)):
+            print(results.example_lines(examples[i], result, i))
+        print(results.report_lines(result, **described))
     ranks.stop()
-    return 0
 
 
-def _describe(data: Path) -> dict[str, Any]:
-    sha256 = data_sha256(data)
-    split = next((split for split, (_, known) in PUBLISHED_FILES.items() if known == sha256), None)
-    return {"file": str(data), "sha256": sha256, "published_split": split}
+def check_outputs(*paths: Path | None) -> None:
+    """Before an hour of scoring, not after it: whether the results have a place. Raises
+    HellaSwagError."""
+    for file in paths:
+        if file and (file.is_dir() or not file.parent.is_dir()):
+            raise HellaSwagError(f"{file}: is a folder, or is in none that exists")
 
 
-def _report(result: Result, model: dict, data: dict, settings: dict) -> str:
-    known = PUBLISHED[result.style].items()
-    published = ", ".join(f"{name} {acc:.4f} / {norm:.4f}" for name, (acc, norm) in known)
-    unit = "token" if result.style == "completion" else "character"
-    lines = [
-        f"HellaSwag, {result.n:,} examples of {data['published_split'] or data['file']},"
-        f" {result.style} style",
-        f"model     {model['name']}, {model['parameters'] / 1e6:.1f}M parameters, {settings['dtype']} on"
-        f" {settings['device']}",
-        f"acc       {result.acc:.4f} +- {result.acc_stderr:.4f}   lowest loss",
-        f"acc_norm  {result.acc_norm:.4f} +- {result.acc_norm_stderr:.4f}   lowest loss per {unit}",
-        f"published, acc / acc_norm of all val: {published}",
-        f"{result.seconds:.1f} s, {result.n / result.seconds:.1f} examples/s",
-    ]
-    if result.truncated:
-        lines.insert(
-            1, f"note      {result.truncated} endings had their context cut to fit into the model"
-        )
-    return "\n".join(lines)
+def download(split: str) -> Path:
+    """The published file of a split. Raises DataUnavailable."""
+    try:
+        return ensure_data(split, progress=is_speaker())
+    except DataUnavailable as error:
+        raise DataUnavailable(f"{error}; a copy from elsewhere can be named with --data") from None
 
 
-def _shown(example: Example, result: Result, i: int) -> str:
-    """An example with the losses of its endings: * marks the right one, > the pick by acc_norm."""
-    lines = [f"\n[{example.ind}] {example.activity_label}: {example.ctx}"]
-    for k, ending in enumerate(example.endings):
-        marks = ("*" if k == example.label else " ") + (">" if k == result.picks_norm[i] else " ")
-        lines.append(
-            f"  {marks} {result.losses[i, k]:8.3f} {result.losses_norm[i, k]:7.4f}  {ending}"
-        )
-    return "\n".join(lines)
+def is_speaker() -> bool:
+    """Whether this process says what all processes of this machine would say."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _lines(examples: Sequence[Example], result: Result) -> str:
-    records = (
-        {
-            "ind": example.ind,
-            "label": example.label,
-            "losses": losses,
-            "losses_norm": norm,
-            "pick": pick,
-            "pick_norm": pick_norm,
-        }
-        for example, losses, norm, pick, pick_norm in zip(
-            examples,
-            result.losses.tolist(),
-            result.losses_norm.tolist(),
-            result.picks.tolist(),
-            result.picks_norm.tolist(),
-            strict=True,
-        )
-    )
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_or_exit(build_parser(), argv, speaks=is_speaker())
+    with program("hellaswag.py", is_speaker) as outcome:
+        run(args)
+    return outcome.status
 
 
 if __name__ == "__main__":

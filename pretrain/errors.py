@@ -66,6 +66,9 @@ def prepare_streams() -> None:
     """Let stdout and stderr take any text: what their encoding lacks is written as \\x.. or ?, so
     that a sample or a file name never ends a program (a redirected Windows console writes
     cp1252)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: `command >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (as long as the process)
     for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors=errors)

@@ -1,7 +1,7 @@
 """HellaSwag's examples: from the published files or one of your own, to the tokens that are scored.
 
-    path = ensure_data()                 # data/hellaswag/hellaswag_val.jsonl, downloaded if it is
-    not there examples = load_examples(path)       # 10,042 of them
+    path = ensure_data()                 # data/hellaswag/hellaswag_val.jsonl, downloaded if missing
+    examples = load_examples(path)       # 10,042 of them
     context, endings = prompt(examples[0], "lm-eval")
 
 Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?" (2019). The data's licence
@@ -14,10 +14,13 @@ import json
 import os
 import random
 import re
+import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pretrain.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from pretrain.eval.choices import Item
@@ -29,10 +32,11 @@ PUBLISHED_FILES = {  # split: (bytes, SHA-256)
 }
 STYLES = ("completion", "lm-eval")
 DEFAULT_FOLDER = "data/hellaswag"
+LARGEST_FILE = 10**9  # bytes of text; the published files have 12 to 50 million
 SAMPLE_SEED = 1337  # of the choice that a limit makes
 
 
-class HellaSwagError(RuntimeError):
+class HellaSwagError(UserError):
     """HellaSwag cannot be scored: one line that says what is wrong and where. No reason to stop
     training."""
 
@@ -55,6 +59,12 @@ class Example:
     label: int  # of the right ending, 0 to 3
 
 
+def data_path(split: str = "val", folder: str | Path | None = None) -> Path:
+    """Where the file of a split is, or will be once it is downloaded."""
+    folder = folder or os.environ.get("HELLASWAG_DIR") or DEFAULT_FOLDER
+    return Path(folder) / f"hellaswag_{split}.jsonl"
+
+
 def ensure_data(
     split: str = "val", folder: str | Path | None = None, *, progress: bool = False
 ) -> Path:
@@ -65,10 +75,7 @@ def ensure_data(
     """
     from pretrain.text.download import DownloadError, fetch
 
-    path = (
-        Path(folder or os.environ.get("HELLASWAG_DIR") or DEFAULT_FOLDER)
-        / f"hellaswag_{split}.jsonl"
-    )
+    path = data_path(split, folder)
     size, sha256 = PUBLISHED_FILES.get(split, (None, None))
     url = URL.format(split=split)
     try:
@@ -95,8 +102,14 @@ def load_examples(path: str | Path, limit: int | None = None) -> list[Example]:
     one, which contains that of any smaller limit. The first ones would not do: the published files
     are ordered by source. Raises HellaSwagError naming the line.
     """
+    return load_with_hash(path, limit)[0]
+
+
+def load_with_hash(path: str | Path, limit: int | None = None) -> tuple[list[Example], str]:
+    """load_examples, and the SHA-256 of the decompressed content, from one reading."""
+    data = _read(path)
     examples = []
-    for number, line in enumerate(_read(path).split(b"\n"), start=1):
+    for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
             try:
                 examples.append(_parse(line, number))
@@ -108,7 +121,7 @@ def load_examples(path: str | Path, limit: int | None = None) -> list[Example]:
         order = list(range(len(examples)))
         random.Random(SAMPLE_SEED).shuffle(order)
         examples = [examples[i] for i in sorted(order[:limit])]
-    return examples
+    return examples, hashlib.sha256(data).hexdigest()
 
 
 def data_sha256(path: str | Path) -> str:
@@ -119,10 +132,21 @@ def data_sha256(path: str | Path) -> str:
 
 def _read(path: str | Path) -> bytes:
     try:
-        data = Path(path).read_bytes()
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise HellaSwagError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # a pipe would be waited for
+            raise HellaSwagError(f"{path}: not a file")
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rb") if zipped else open(path, "rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise HellaSwagError(f"{path}: {reason}") from None
+    if len(data) > LARGEST_FILE:
+        raise HellaSwagError(
+            f"{path}: more than {LARGEST_FILE / 1e9:.0f} GB of text; not HellaSwag"
+        )
+    return data
 
 
 def _parse(line: bytes, number: int) -> Example:
@@ -133,6 +157,8 @@ def _parse(line: bytes, number: int) -> Example:
         raise ValueError("not UTF-8") from None
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError("not an example: nested too deeply") from None
     if not isinstance(item, dict):
         raise ValueError(f"expected a JSON object, got {type(item).__name__}")
     for key in ("activity_label", "ctx"):
@@ -155,9 +181,18 @@ def _parse(line: bytes, number: int) -> Example:
         )
     if isinstance(label, bool) or str(label) not in ("0", "1", "2", "3"):
         raise ValueError(f"label must be 0, 1, 2 or 3, got {label!r}")
-    ind = item.get("ind", number - 1)
+    texts = (item["activity_label"], item["ctx"], ctx_a or "", ctx_b or "", *endings)
+    if any("\ud800" <= letter <= "\udfff" for one in texts for letter in one):
+        raise ValueError("half a character (a lone surrogate) in its text")
+    ind = item.get("ind")
     return Example(
-        ind, item["activity_label"], item["ctx"], ctx_a, ctx_b, tuple(endings), int(label)
+        ind if isinstance(ind, int) and not isinstance(ind, bool) else number - 1,
+        item["activity_label"],
+        item["ctx"],
+        ctx_a,
+        ctx_b,
+        tuple(endings),
+        int(label),
     )
 
 

@@ -1,13 +1,16 @@
 """Loss and accuracy on windows that are the same at every evaluation.
 
-    sets = {"val": (windows, first(windows, 1600)), "train": (loader.windows, spread(loader.windows,
-    1600))} scores = evaluate(model, sets, batch_size=8, ranks=ranks, autocast=autocast)
+    sets = {"val": (windows, first(windows, 1600)),
+            "train": (loader.windows, spread(loader.windows, 1600))}
+    scores = evaluate(model, sets, batch_size=8, ranks=ranks, autocast=autocast)
     scores["val"]["loss"]          # nats per token
 
 The ranks share the windows out and add up their sums in float64, so the numbers depend neither on
 how many ranks there are nor on where training is.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -17,9 +20,11 @@ from torch import Tensor, nn
 
 from pretrain.distributed import Ranks
 from pretrain.eval.generation import evaluating
+from pretrain.tokens.tokenizer import END_OF_TEXT, TokenizerUnavailable, load_encoding
 from pretrain.train.loader import TokenWindows
 
 IGNORED = -1  # the target of padding: GPT.score leaves negative targets out
+SUMS = 4  # of a set of windows: losses, right predictions, tokens, bytes
 
 
 def first(windows: TokenWindows, count: int) -> np.ndarray:
@@ -44,35 +49,41 @@ def evaluate(
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, float]]:
     """{"val": {"loss": mean over all tokens, "accuracy": share predicted right, "tokens": how
-    many}, ...}.
+    many, "bits_per_byte": loss in bits over the bytes that the tokens stand for}, ...}.
+
+    bits_per_byte, which does not depend on a vocabulary, is left out where GPT-2's is not at hand;
+    end-of-text tokens cost bits and count no byte.
 
     model.score(x, y) returns the sum of losses, the number of right predictions and of tokens, as
-    GPT.score does. All batches have one shape, (batch_size, block_size). Once `interrupted` says so
-    the rest is left out and the numbers mean nothing; all ranks still meet in the reduction. The
-    model is in eval mode meanwhile, in its own mode after.
+    GPT.score does. All batches have one shape, (batch_size, block_size), and every rank makes as
+    many: with sharded weights each is a call of all ranks. Once `interrupted` says so on any rank
+    the rest is left out on all, and the numbers mean nothing. The model is in eval mode meanwhile,
+    in its own mode after.
     """
-    sums = []
+    sums: list[float] = []
     with evaluating(model):
         for windows, numbers in sets.values():
-            totals = torch.zeros(3, dtype=torch.float64)
+            totals = np.zeros(SUMS)
             mine = numbers[ranks.rank :: ranks.world_size]
-            for i in range(0, len(mine), batch_size):
-                if interrupted():
+            most = math.ceil(len(numbers) / ranks.world_size)  # windows of the rank with most
+            for i in range(0, most, batch_size):
+                if ranks.sum(float(interrupted()))[0]:
                     break
                 x, y = padded_batch(windows, mine[i : i + batch_size], batch_size)
                 with autocast:
                     scores = model.score(x.to(ranks.device), y.to(ranks.device))
-                totals += torch.tensor([score.item() for score in scores], dtype=torch.float64)
+                totals += [*(score.item() for score in scores), count_bytes(y)]
             sums += totals.tolist()
-    sums = iter(ranks.sum(*sums))
-    return {
-        name: {
-            "loss": loss / max(count, 1),
-            "accuracy": correct / max(count, 1),
-            "tokens": int(count),
-        }
-        for name, loss, correct, count in zip(sets, sums, sums, sums, strict=True)
-    }
+    sums = ranks.sum(*sums)
+    parts = [sums[i : i + SUMS] for i in range(0, len(sums), SUMS)]
+    return {name: _means(*part) for name, part in zip(sets, parts, strict=True)}
+
+
+def _means(loss: float, correct: float, count: float, size: float) -> dict[str, float]:
+    means = {"loss": loss / max(count, 1), "accuracy": correct / max(count, 1)}
+    if size > 0:  # nan on all ranks where one lacks the vocabulary
+        means["bits_per_byte"] = loss / math.log(2) / size
+    return means | {"tokens": int(count)}
 
 
 def padded_batch(
@@ -80,7 +91,27 @@ def padded_batch(
 ) -> tuple[Tensor, Tensor]:
     """x, y int64 (batch_size, block_size); rows past len(numbers) have IGNORED targets."""
     tokens = torch.zeros(batch_size, windows.block_size + 1, dtype=torch.int64)
-    tokens[: len(numbers)] = torch.from_numpy(windows.read(numbers).astype(np.int64))
+    if len(numbers):
+        tokens[: len(numbers)] = torch.from_numpy(windows.read(numbers).astype(np.int64))
     x, y = tokens[:, :-1], tokens[:, 1:].clone()
     y[len(numbers) :] = IGNORED
     return x, y
+
+
+def count_bytes(targets: Tensor) -> float:
+    """The bytes of text that targets int64 (B, T) stand for; nan without GPT-2's vocabulary."""
+    sizes = _token_bytes()
+    if sizes is None:
+        return math.nan
+    known = targets[(targets >= 0) & (targets < len(sizes))]
+    return float(sizes[known.numpy()].sum())
+
+
+@functools.cache
+def _token_bytes() -> np.ndarray | None:
+    """The bytes of each token, int64 (END_OF_TEXT,)."""
+    try:
+        encoding = load_encoding()
+    except TokenizerUnavailable:
+        return None
+    return np.array([len(encoding.decode_single_token_bytes(i)) for i in range(END_OF_TEXT)])

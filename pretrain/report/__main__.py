@@ -4,46 +4,79 @@ wrong.
     $ python -m pretrain.report checkpoints
     checkpoints, step 1,230: A loss spike
     checkpoints/report.html, and the curves as report-*.png beside it
+    $ python -m pretrain.report runs/a runs/b runs/c --csv runs.csv     # the best run first
 
 The page holds its pictures and loads nothing. It can be made at any time, while the run goes on as
 well.
 """
 
 import argparse
-import os
+import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import pretrain
+from pretrain import files
+from pretrain.errors import program
+from pretrain.flags import parse
+from pretrain.report import compare
 from pretrain.report.drawing import to_png
 from pretrain.report.findings import Finding, find
 from pretrain.report.page import html_page
 from pretrain.report.plots import plots
 from pretrain.report.runs import Run, RunError
 
+PROGRAM = "python -m pretrain.report"
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the page; 1 and one line on stderr for a folder that holds no log."""
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pretrain.report",
+        prog=PROGRAM,
         description="Curves, samples and findings of training runs as one page.",
+        exit_on_error=False,
+        allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"report {pretrain.__version__}")
     parser.add_argument(
-        "out_dirs", nargs="+", metavar="OUT_DIR", help="--out_dir of a run; several are overlaid"
+        "out_dirs", nargs="*", metavar="OUT_DIR", help="--out_dir of a run; several are overlaid"
     )
     parser.add_argument(
         "--output",
         metavar="FILE",
         help="the page (default: report.html in the first OUT_DIR); PNGs go beside it",
     )
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--csv", metavar="FILE", help="also a table of the runs for a spreadsheet; - prints it"
+    )
+    parser.add_argument("--md", metavar="FILE", help="the same as Markdown; - prints it")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page. 1 and a line on stderr for each folder that holds no log, 2 for wrong
+    flags."""
+    args, _, problems = parse(build_parser(), sys.argv[1:] if argv is None else argv)
+    if not args.out_dirs and not problems:
+        problems = ["OUT_DIR: name the folder of a run"]
+    if problems:
+        _say(problems)
+        return 2
+    with program(PROGRAM) as outcome:
+        outcome.status = report(args)
+    return outcome.status
+
+
+def report(args: argparse.Namespace) -> int:
+    """Load, write and say; the exit status."""
     runs, problems = [], []
     for out_dir in dict.fromkeys(args.out_dirs):
         try:
             runs.append(Run.load(out_dir))
         except RunError as problem:
-            problems.append(f"error: {problem}")
+            problems.append(str(problem))
     if problems:
-        print("\n".join(problems), file=sys.stderr)
+        _say(problems)
         return 1
     page = Path(args.output) if args.output else runs[0].folder / "report.html"
     page = page / "report.html" if page.is_dir() else page
@@ -51,29 +84,61 @@ def main(argv: list[str] | None = None) -> int:
     found = [(run, finding) for run in runs for finding in find(run)]
     try:
         write_report(runs, found, page)
+        tables = write_tables(runs, args.csv, args.md)
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
+        _say([f"{error.name} is missing: pip install -r requirements.txt"])
         return 1
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        print(
-            f"error: {error.filename or page}: {error.strerror}; name a writable --output",
-            file=sys.stderr,
-        )
+        _say([f"{error.filename or page}: {error.strerror}; name a writable --output"])
         return 1
     for run, finding in found:
         print(f"{run.name}, step {finding.step:,}: {finding.title}")
-    print(f"{page}, and the curves as {page.stem}-*.png beside it")
+    print(f"{page}, and the curves as {page.stem}-*.png beside it{tables}")
     return 0
 
 
 def write_report(runs: list[Run], found: list[tuple[Run, Finding]], page: Path) -> None:
-    """Write the page, and every plot as <page's stem>-<plot's name>.png beside it. The page comes
-    last."""
+    """Write the page, and every plot as <page's stem>-<plot's name>.png beside it: all of them, or
+    on an error none. Raises OSError."""
     pictures = plots(runs)
+    contents = {
+        page.with_name(f"{page.stem}-{plot.name}.png"): to_png(plot) for plot in pictures
+    } | {page: html_page(runs, found, pictures).encode("utf-8", "replace")}
     page.parent.mkdir(parents=True, exist_ok=True)
-    for plot in pictures:
-        _write(page.with_name(f"{page.stem}-{plot.name}.png"), to_png(plot))
-    _write(page, html_page(runs, found, pictures).encode())
+    written: list[tuple[Path, Path]] = []
+    try:
+        for path, data in contents.items():  # a full disk shows before anything has its name
+            part = path.with_name(f".{path.name}.new")
+            written.append((part, path))
+            with files.atomic_write(part) as file:
+                file.write(data)
+        for part, path in written:
+            files.publish(part, path)
+    finally:
+        for part, _ in written:
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
+def write_tables(runs: list[Run], csv: str | None, markdown: str | None) -> str:
+    """Write or print the comparison where it is asked for; what the last line says of it."""
+    said = ""
+    for target, form in ((csv, compare.to_csv), (markdown, compare.to_markdown)):
+        if target == "-":
+            print(form(compare.compare(runs)), end="")
+        elif target:
+            files.write_text(target, form(compare.compare(runs)))
+            said += f"; {target}"
+    return said
+
+
+def _say(problems: list[str]) -> None:
+    for problem in problems:
+        with contextlib.suppress(OSError, ValueError):
+            line = " ".join(problem.encode("utf-8", "replace").decode().split())
+            print(f"error: {line}", file=sys.stderr)
 
 
 def _name_apart(runs: list[Run]) -> None:
@@ -82,12 +147,6 @@ def _name_apart(runs: list[Run]) -> None:
     for run, name in zip(runs, names, strict=True):
         if names.count(name) > 1:
             run.name = str(run.folder)
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

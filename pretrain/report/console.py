@@ -5,12 +5,14 @@ console.train(record)          # a "train" record of the run log
 console.say("step 250/5000 | val loss ...")
 """
 
+import contextlib
 import sys
 import textwrap
 from typing import Any
 
 from tqdm import tqdm
 
+from pretrain.errors import release_stdout
 from pretrain.report.runlog import train_line
 
 SAMPLE_CHARACTERS = 200  # of a sample on the console; metrics.jsonl has all of it
@@ -33,22 +35,37 @@ class Console:
         )
 
     def say(self, text: str) -> None:
-        """A line that stays, above the bar where there is one."""
-        if self.enabled and self.bar.disable:
-            print(text, flush=True)
-        elif self.enabled:
-            self.bar.write(text, file=sys.stdout)
+        """A line that stays, above the bar where there is one. A reader of stdout that goes away
+        (`| head`, a closed terminal) ends the lines and not the run."""
+        if not self.enabled:
+            return
+        try:
+            if self.bar.disable:
+                print(text, flush=True)
+            else:
+                self.bar.write(text, file=sys.stdout)
+        except UnicodeEncodeError:  # a console that knows few letters
+            encoding = sys.stdout.encoding or "ascii"
+            self.say(text.encode(encoding, "replace").decode(encoding))
+        except (OSError, ValueError):
+            self._fall_silent()
 
     def train(self, record: dict[str, Any]) -> None:
+        """A "train" record as a line, or as the state of the bar."""
+        if not self.enabled:
+            return
         if self.bar.disable:
             self.say(train_line(record, self.max_iters))
             return
         mfu = "" if record.get("mfu") is None else f", mfu {record['mfu']:.1%}"
         state = f"loss {record['loss']:.4f}, norm {record['grad_norm']:.2f}"
-        self.bar.set_postfix_str(
-            f"{state}, {record['tokens_per_second']:,.0f} tok/s{mfu}", refresh=False
-        )
-        self.bar.update(record["step"] - self.bar.n)
+        try:
+            self.bar.set_postfix_str(
+                f"{state}, {record['tokens_per_second']:,.0f} tok/s{mfu}", refresh=False
+            )
+            self.bar.update(record["step"] - self.bar.n)
+        except (OSError, ValueError):
+            self._fall_silent()
 
     def sample(self, record: dict[str, Any]) -> None:
         """The beginning of a "sample" record's text, on one line."""
@@ -58,4 +75,10 @@ class Console:
         self.say(f"step {record['step']:{width}d}/{self.max_iters} | {text}")
 
     def close(self) -> None:
-        self.bar.close()
+        with contextlib.suppress(OSError, ValueError):
+            self.bar.close()
+
+    def _fall_silent(self) -> None:
+        self.enabled = False
+        self.bar.disable = True
+        release_stdout()  # what else is printed goes nowhere, and so does the flush at exit

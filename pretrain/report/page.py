@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pretrain.report.compare import compare, seeds
 from pretrain.report.drawing import COLORS, Plot, compact_number, darkened, to_svg
 from pretrain.report.findings import MIN_POINTS, Finding
-from pretrain.report.runs import Record, Run, column, hellaswag_results, number, smooth
+from pretrain.report.known import title
+from pretrain.report.runs import Record, Run, column, number, smooth, task_results
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script runs, nothing is loaded
 SAMPLED_STEPS = 12  # that the page shows samples of, first and last among them
@@ -45,7 +47,7 @@ def html_page(runs: list[Run], found: list[tuple[Run, Finding]], pictures: list[
     curves = "".join(map(_picture, pictures)) or '<p class="soft">Nothing to draw yet.</p>'
     parts = [
         f'<h1>Training report</h1><p class="soft names">{names}{as_of}</p>',
-        _key_figures(runs),
+        _key_figures(runs[0]) if len(runs) == 1 else _comparison(runs),
         f"<h2>What looks wrong</h2>{_findings(runs, found)}",
         f'<h2>Curves</h2><div class="grid">{curves}</div>',
         _samples(runs),
@@ -83,6 +85,8 @@ def key_figures(run: Run) -> list[Figure]:
         at = f"at step {run.evals[best]['step']:,}"
         figures.append(Figure("Best validation loss", f"{val[best]:.4f}", at))
         figures.append(Figure("Best perplexity", f"{math.exp(min(val[best], 700)):,.2f}", at))
+        if math.isfinite(bits := number(run.evals[best].get("bits_per_byte"))):
+            figures.append(Figure("Bits per byte", f"{bits:.4f}", at))
     else:
         figures += [Figure("Best validation loss", "–"), Figure("Best perplexity", "–")]
     loss = smooth(run.loss)
@@ -90,13 +94,13 @@ def key_figures(run: Run) -> list[Figure]:
     figures.append(
         Figure("Training loss", f"{loss[-1]:.4f}" if len(loss) else "–", "the last, smoothed")
     )
-    for scoring, results in hellaswag_results(run).items():
+    for (task, scoring), results in task_results(run).items():
         at, result = results[-1]
         note = f"acc_norm at step {at:,}"
         if math.isfinite(count := number(result.get("n"))):
             note += f", {count:,.0f} examples"
         figures.append(
-            Figure(f"HellaSwag, {scoring}", f"{100 * number(result['acc_norm']):.2f} %", note)
+            Figure(f"{title(task)}, {scoring}", f"{100 * number(result['acc_norm']):.2f} %", note)
         )
     rate = column(run.train, "tokens_per_second")
     share = column(run.train, "mfu")
@@ -129,23 +133,34 @@ def _resumed_note(run: Run) -> str:
     return f"resumed at step {', '.join(steps[-3:])}" if steps else ""
 
 
-def _key_figures(runs: list[Run]) -> str:
-    if len(runs) == 1:
-        tiles = (
-            f'<div class="card"><small>{escape(label)}</small><b{_words(value)}>{escape(value)}</b>'
-            f"<small>{escape(note)}</small></div>"
-            for label, value, note in key_figures(runs[0])
-        )
-        return f'<div class="tiles">{"".join(tiles)}</div>'
-    columns = [{figure.label: figure for figure in key_figures(run)} for run in runs]
+def _key_figures(run: Run) -> str:
+    tiles = (
+        f'<div class="card"><small>{escape(label)}</small><b{_words(value)}>{escape(value)}</b>'
+        f"<small>{escape(note)}</small></div>"
+        for label, value, note in key_figures(run)
+    )
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _comparison(runs: list[Run]) -> str:
+    """What differs and how far each run came, the best first, its best values marked."""
+    table = compare(runs)
+    head = "".join(f"<th>{escape(name)}</th>" for name in table.header)
     rows = []
-    for label in dict.fromkeys(label for column_ in columns for label in column_):
-        cells = (
-            f"<td>{escape(figure.value)}<small>{escape(figure.note)}</small></td>"
-            for figure in (column_.get(label, Figure(label, "–")) for column_ in columns)
-        )
-        rows.append(f"<tr><th>{escape(label)}</th>{''.join(cells)}</tr>")
-    return f'<div class="card scroll"><table>{_names_row(runs)}{"".join(rows)}</table></div>'
+    for r, (run, row) in enumerate(zip(table.runs, table.rows, strict=True)):
+        color = COLORS[next(i for i, other in enumerate(runs) if other is run) % len(COLORS)]
+        cells = [
+            f'<th><span class="swatch" style="background:{color}"></span>{escape(row[0])}</th>'
+        ]
+        for c, cell in enumerate(row[1:], start=1):
+            marked = ' class="best"' if (r, c) in table.best else ""
+            cells.append(f"<td{marked}>{escape(cell) or '–'}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    spread = "".join(f'<p class="soft">{escape(line)}</p>' for line in seeds(runs))
+    return (
+        "<h2>What differs</h2>"
+        f'<div class="card scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>{spread}'
+    )
 
 
 def _words(value: str) -> str:
@@ -232,10 +247,8 @@ def _sampled_step(step: int, records: list[Record], *, opened: bool) -> str:
 
 
 def _prompts_and_texts(record: Record) -> Iterator[tuple[str, str]]:
-    prompt = str(record.get("prompt") or "")
-    texts = record.get("text", record.get("texts", ""))
-    for text in texts if isinstance(texts, list) else [texts]:
-        yield prompt, str(text).removeprefix(prompt)
+    for text in record["texts"]:
+        yield record["prompt"], text.removeprefix(record["prompt"])
 
 
 def _configuration(runs: list[Run]) -> str:

@@ -26,19 +26,12 @@ from pretrain.report.drawing import (
     run_colors,
     style,
 )
-from pretrain.report.runs import Run, column, hellaswag_results, number, smooth, smoothing_window
+from pretrain.report.known import KNOWN, MODELS, published, title
+from pretrain.report.runs import Run, column, number, smooth, smoothing_window, task_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HELLASWAG_EXAMPLES = 10_042  # in its validation split
-# acc_norm on all of them, zero-shot. completion: as the GPT-2 reproduction community scores;
-# lm-eval: EleutherAI's lm-evaluation-harness.
-PUBLISHED = {
-    "completion": {"GPT-2 124M": 0.2955, "GPT-2 1.5B": 0.4893},
-    "lm-eval": {"GPT-2 124M": 0.3114, "GPT-2 1.5B": 0.5089},
-}
-CHANCE = 0.25  # of four endings
 DASHED = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3))}
 
 
@@ -56,15 +49,17 @@ def plots(runs: list[Run]) -> list[Plot]:
     )
     drawn = []
     with style():
-        for name, title, draw in kinds:
+        for name, heading, draw in kinds:
             axes = new_axes()
             if (caption := draw(axes, runs)) is not None:
-                drawn.append(Plot(name, title, caption, axes.figure))
-        for scoring in sorted({scoring for run in runs for scoring in hellaswag_results(run)}):
+                drawn.append(Plot(name, heading, caption, axes.figure))
+        for name, scoring in sorted({key for run in runs for key in task_results(run)}):
             axes = new_axes()
-            caption = hellaswag(axes, runs, scoring)
-            name = "hellaswag-" + re.sub(r"[^A-Za-z0-9-]", "_", scoring)[:40]
-            drawn.append(Plot(name, f"HellaSwag, {scoring} style", caption, axes.figure))
+            caption = task(axes, runs, name, scoring)
+            file = re.sub(r"[^A-Za-z0-9-]", "_", f"{name}-{scoring}")[:50]
+            while any(plot.name == file for plot in drawn):  # two names that differ in a sign
+                file += "_"
+            drawn.append(Plot(file, f"{title(name)}, {scoring} style", caption, axes.figure))
     return drawn
 
 
@@ -177,11 +172,11 @@ def mfu(axes: "Axes", runs: list[Run]) -> str | None:
     )
 
 
-def hellaswag(axes: "Axes", runs: list[Run], scoring: str) -> str:
-    """`scoring`: one of the styles of hellaswag.py, as the log names it."""
+def task(axes: "Axes", runs: list[Run], name: str, scoring: str) -> str:
+    """acc_norm of a task, scored in one of its styles, with what others' models have."""
     counts = set()
     for run, (color, _, _) in zip(runs, run_colors(runs), strict=True):
-        results = hellaswag_results(run).get(scoring, [])
+        results = task_results(run).get((name, scoring), [])
         steps = np.array([step for step, _ in results], dtype=np.float64)
         percent = np.array([100 * number(result["acc_norm"]) for _, result in results])
         errors = np.array([100 * _standard_error(result) for _, result in results])
@@ -192,23 +187,32 @@ def hellaswag(axes: "Axes", runs: list[Run], scoring: str) -> str:
         counts |= {
             int(count) for _, result in results if math.isfinite(count := number(result.get("n")))
         }
-    published = PUBLISHED.get(scoring, {})
-    for name, value in {**published, "chance": CHANCE}.items():
-        axes.axhline(100 * value, **DASHED)
-        # Where the curve is not: it begins at chance, on the left.
-        x, dy, place = (1, -11, {"ha": "right"}) if value == CHANCE else (0, 3, {"ha": "left"})
-        place |= {
-            "xycoords": axes.get_yaxis_transform(),
-            "xytext": (2 - 4 * x, dy),
-            "textcoords": "offset points",
-        }
-        axes.annotate(f"{name}: {100 * value:.4g}", (x, 100 * value), fontsize=9, **place)
+    others = published(name, scoring)
+    for model, (_, value) in others.items():
+        _mark(axes, MODELS.get(model, model), value, on_left=True)
+    if name in KNOWN:
+        _mark(axes, "chance", KNOWN[name].chance, on_left=False)
     axes.margins(y=0.12)
     labels(axes, "step", "acc_norm, %")
     legend(axes, runs)
     on = f" on {' or '.join(f'{count:,}' for count in sorted(counts))} examples" if counts else ""
-    dashed = f" Dashed: published values on all {HELLASWAG_EXAMPLES:,}." if published else ""
+    dashed = f" Dashed: published values on all {KNOWN[name].examples:,}." if others else ""
     return f"Length-normalised accuracy{on}; band: one standard error.{dashed}"
+
+
+def _mark(axes: "Axes", label: str, value: float, *, on_left: bool) -> None:
+    """A dashed line with its value, written where the curve is not: that begins at chance, on the
+    left."""
+    axes.axhline(100 * value, **DASHED)
+    axes.annotate(
+        f"{label}: {100 * value:.4g}",
+        (0 if on_left else 1, 100 * value),
+        fontsize=9,
+        ha="left" if on_left else "right",
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(2, 3) if on_left else (-2, -11),
+        textcoords="offset points",
+    )
 
 
 def _rates(axes: "Axes", runs: list[Run], key: str, factor: float, label: str) -> None:

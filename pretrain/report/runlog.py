@@ -10,7 +10,8 @@ One JSON object a line, appended, never rewritten. Events:
     start    a process began or resumed here: every flag, the data, the device
     train    one line per --log_interval: step, loss, learning_rate, grad_norm, tokens,
     tokens_per_second, ...
-    eval     train_loss, val_loss, perplexity, accuracy, HellaSwag where its data is at hand
+    eval     train_loss, val_loss, perplexity, accuracy, bits_per_byte, and tasks: {name: {"n": ...,
+             "acc": ..., "acc_norm": ..., "style": ...}} for those that could be scored
     sample   prompt, and text: how the model continues it
     stop     why a run ended: finished, signal, not finite
 `step` counts the updates made so far; `tokens` the tokens they were made from. A run that was
@@ -28,6 +29,10 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from pretrain.report import schema
+from pretrain.report.known import title
+from pretrain.report.schema import tasks_of
 
 FILE_NAME = "metrics.jsonl"
 
@@ -83,12 +88,12 @@ class RunLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl, in file order. Lines that a kill left unfinished are
-    skipped."""
+    """All records of a metrics.jsonl as they are, in file order. Lines that a kill left unfinished
+    are skipped."""
     records = []
     for line in Path(path).read_bytes().splitlines():
         try:
-            record = json.loads(line)
+            record = schema.loads(line)
         except ValueError:
             continue
         if isinstance(record, dict):
@@ -99,7 +104,11 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 def last_per_step(records: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
     """The records of one event, one per step and by step: of steps that were repeated, the last
     time."""
-    by_step = {record["step"]: record for record in records if record.get("event") == event}
+    by_step = {
+        record["step"]: record
+        for record in records
+        if record.get("event") == event and "step" in record
+    }
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -190,22 +199,38 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
     )
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss), inf where that is beyond float64 (from 709 nats on)."""
+    return math.exp(loss) if loss < 709 else math.inf if loss >= 709 else math.nan
+
+
 def scores_block(
-    scores: dict[str, dict[str, float]], hellaswag: dict[str, Any] | None = None
+    scores: dict[str, dict[str, float]], tasks: dict[str, dict[str, Any]] | None = None
 ) -> str:
     """An evaluation that stands alone, as a small table. scores: {"val": {"loss", "accuracy",
-    "tokens"}, ...}; hellaswag: {"acc", "acc_norm", "n", "style"}."""
-    lines = [
-        f"{split:5s}  loss {part['loss']:.4f}  perplexity {math.exp(part['loss']):.2f}"
-        f"  token accuracy {part['accuracy']:.2%}  ({part['tokens']:,} tokens)"
-        for split, part in scores.items()
-    ]
-    if hellaswag:
+    "tokens"}, ...}, bits_per_byte too where it is known; tasks: {name: {"acc", "acc_norm", "n",
+    "style"}}."""
+    lines = []
+    for split, part in scores.items():
+        bits = part.get("bits_per_byte")
         lines.append(
-            f"HellaSwag  acc {hellaswag['acc']:.4f}  acc_norm {hellaswag['acc_norm']:.4f}"
-            f"  ({hellaswag['n']:,} examples, {hellaswag['style']} style)"
+            f"{split:5s}  loss {part['loss']:.4f}  perplexity {perplexity(part['loss']):.2f}"
+            + (f"  bits per byte {bits:.4f}" if bits is not None else "")
+            + f"  token accuracy {part['accuracy']:.2%}  ({part['tokens']:,} tokens)"
         )
+    for name, result in (tasks or {}).items():
+        lines.append(
+            f"{title(name)}  acc {result['acc']:.4f}  acc_norm {result['acc_norm']:.4f}"
+            f"  ({result['n']:,} examples, {result['style']} style)"
+        )
+        if result.get("truncated"):
+            lines.append(f"{title(name)}  {contexts_cut(result)}")
     return "\n".join(lines)
+
+
+def contexts_cut(result: dict[str, Any]) -> str:
+    """What is said of a task whose contexts the model cannot hold."""
+    return f"{result['truncated']:,} endings had their context cut to fit into the model"
 
 
 def train_line(record: dict[str, Any], max_iters: int) -> str:
@@ -234,19 +259,19 @@ def eval_line(record: dict[str, Any], max_iters: int) -> str:
 
     step   2000/600000 | val loss  3.2912 | train loss  3.2544 | ppl    26.87 | accuracy 38.1%
 
-    with "hellaswag 29.5% (10042)", acc_norm and the number of examples, where there was one.
+    with "hellaswag 29.5% (10042)", acc_norm and the number of examples, for each task that there
+    is, and how many contexts were cut to fit into the model.
     """
     parts = [
         _step(record, max_iters),
         f"val loss {record['val_loss']:7.4f}",
         f"train loss {record['train_loss']:7.4f}",
-        f"ppl {record['perplexity']:8.2f}",
+        f"ppl {schema.number(record['perplexity']):8.2f}",
         f"accuracy {record['accuracy']:5.1%}",
     ]
-    if record.get("hellaswag") is not None:
-        parts.append(
-            f"hellaswag {record['hellaswag']['acc_norm']:5.1%} ({record['hellaswag']['n']})"
-        )
+    for name, result in tasks_of(record).items():
+        cut = f", {result['truncated']} contexts cut" if result.get("truncated") else ""
+        parts.append(f"{name} {result['acc_norm']:5.1%} ({result['n']}{cut})")
     return " | ".join(parts)
 
 

@@ -8,7 +8,6 @@ Everything but metrics.jsonl is optional: a run that began a second ago has no c
 evaluation. Fields and events that are not known here are passed over.
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -17,15 +16,20 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.errors import UserError, first_line
 from pretrain.report.runlog import FILE_NAME, last_per_step, read_log
+from pretrain.report.schema import Record, clean, flat, is_regular, loads, number, text
 
-Record = dict[str, Any]
+__all__ = ["Record", "Run", "RunError", "column", "number", "smooth", "task_results"]
 QUIET_SECONDS = (
     600.0  # without a new line a run is only called dead after this and 5 times its longest silence
 )
 
 
-class RunError(RuntimeError):
+LOCK = ".lock"  # train_gpt2.py holds it while it runs
+
+
+class RunError(UserError):
     """The folder holds no log that can be shown; one line for the user."""
 
 
@@ -52,17 +56,19 @@ class Run:
             raise RunError(f"{folder}: no such folder; give the --out_dir of a training run")
         path = folder / FILE_NAME
         try:
-            records = read_log(path)
+            if not is_regular(path):
+                raise RunError(f"{path}: not a file; give the --out_dir of a training run")
+            records = [record for line in read_log(path) if (record := clean(line))]
         except FileNotFoundError:
             message = f"{folder}: no {FILE_NAME} there; give the --out_dir of a training run"
             raise RunError(message) from None
-        except OSError as error:
-            raise RunError(f"{path}: {error.strerror}") from None
-        if not any(isinstance(record.get("event"), str) for record in records):
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+            raise RunError(f"{text(path)}: {first_line(error)}") from None
+        if not records:
             raise RunError(f"{path}: no readable line in it (yet); it is written by train_gpt2.py")
         valid = _not_superseded(records)
         return cls(
-            name=folder.resolve().name or str(folder),
+            name=text(folder.resolve().name or folder),
             folder=folder,
             records=records,
             train=last_per_step(valid, "train"),
@@ -136,6 +142,10 @@ class Run:
         if self.stop is not None:
             reason = str(self.stop.get("reason", "stopped"))
             return f"{'stopped by ' * reason.startswith('signal')}{reason}{resumed}"
+        if (is_held := lock_is_held(self.folder / LOCK)) is not None:
+            return (
+                f"still going{resumed}" if is_held else f"interrupted: its process is gone{resumed}"
+            )
         times = _times(self.processes()[-1])
         silence = (time.time() if now is None else now) - times[-1] if len(times) else 0.0
         if silence > max(QUIET_SECONDS, 5 * float(np.max(np.diff(times), initial=0.0))):
@@ -147,13 +157,23 @@ class Run:
         return self.records[-1] if self.records[-1].get("event") == "stop" else None
 
 
-def number(value: Any) -> float:
-    """A log's number; nan for what is none. The log writes nan and inf as strings."""
-    if isinstance(value, str):
-        return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}.get(value, math.nan)
-    return (
-        float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    )
+def lock_is_held(path: Path) -> bool | None:
+    """Whether a process holds the lock that a run keeps in its folder; None where there is none, or
+    where the system cannot tell."""
+    try:
+        import fcntl
+
+        if not is_regular(path):
+            return None
+        with open(path, "rb") as file:
+            try:
+                # Shared, and let go of at once: it is in nobody's way.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+    except (ImportError, OSError):
+        return None
 
 
 def column(records: list[Record], key: str) -> np.ndarray:
@@ -196,18 +216,25 @@ def smoothing_window(n: int) -> int:
     return 1 if n < 20 else min(201, max(5, n // 33) | 1)
 
 
-def hellaswag_results(run: Run) -> dict[str, list[tuple[int, Record]]]:
-    """{style: [(step, {"acc_norm": ..., "n": ...}), ...]} from the evaluations."""
-    styles: dict[str, list[tuple[int, Record]]] = {}
+def task_results(run: Run) -> dict[tuple[str, str], list[tuple[int, Record]]]:
+    """{(task, style): [(step, {"acc_norm": ..., "n": ...}), ...]} from the evaluations."""
+    found: dict[tuple[str, str], list[tuple[int, Record]]] = {}
     for record in run.evals:
-        found = record.get("hellaswag")
-        if not isinstance(found, dict):
-            continue
-        nested = {style: result for style, result in found.items() if isinstance(result, dict)}
-        for style, result in (nested or {str(found.get("style", "completion")): found}).items():
+        for name, result in record.get("tasks", {}).items():
             if math.isfinite(number(result.get("acc_norm"))):
-                styles.setdefault(style, []).append((record["step"], result))
-    return styles
+                task = name.removesuffix(f":{result.get('style')}")  # of logs with several styles
+                key = task, str(result.get("style", "completion"))
+                found.setdefault(key, []).append((record["step"], result))
+    return found
+
+
+def hellaswag_results(run: Run) -> dict[str, list[tuple[int, Record]]]:
+    """task_results of HellaSwag alone, by style."""
+    return {
+        style: results
+        for (task, style), results in task_results(run).items()
+        if task == "hellaswag"
+    }
 
 
 def _step(record: Record) -> float:
@@ -229,25 +256,13 @@ def _not_superseded(records: list[Record]) -> list[Record]:
 
 
 def _config(folder: Path, records: list[Record]) -> dict[str, Any]:
+    """config.json, else what the last "start" record says."""
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = loads(path.read_text(encoding="utf-8")) if is_regular(path) else None
     except (OSError, ValueError):  # not written yet, or being written
         config = None
-    if not isinstance(config, dict):
-        starts = [record for record in records if record.get("event") == "start"]
-        config = {
-            key: value
-            for key, value in (starts or [{}])[-1].items()
-            if key not in {"event", "time"}
-        }
-    return _flat(config)
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            flat.update(_flat(inner, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = inner
-    return flat
+    if isinstance(config, dict):
+        return flat(config)
+    starts = [record for record in records if record["event"] == "start"]
+    return starts[-1]["settings"] if starts else {}

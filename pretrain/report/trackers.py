@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pretrain.errors import UserError, first_line
 from pretrain.report.runlog import read_log
 
 PACKAGES = ("tensorboard", "wandb")
 
 
-class TrackerError(RuntimeError):
+class TrackerError(UserError):
     """A tracker that does not start; one line for the user."""
 
 
@@ -36,6 +37,7 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
     values = {
         name: value for name, value in record.items() if name not in ("event", "time", "step")
     }
+    values |= values.pop("tasks", None) or {}
     return dict(_flat(values, f"{record['event']}/"))
 
 
@@ -90,9 +92,8 @@ class WandB:
                 settings=wandb.Settings(console="off"),
             )
         except (wandb.Error, OSError) as error:
-            reason = str(error).split("\n")[0]
             raise TrackerError(
-                f"--wandb: {reason}; run `wandb login`, or set WANDB_MODE=offline"
+                f"--wandb: {first_line(error)}; run `wandb login`, or set WANDB_MODE=offline"
             ) from None
         self.run.define_metric("*", step_metric="step")  # steps may be repeated after a resume
 

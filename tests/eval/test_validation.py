@@ -122,3 +122,75 @@ def test_an_interruption_leaves_the_rest_out(windows):
         interrupted=interrupted,
     )
     assert scores["val"]["tokens"] == 2 * 4 * 8
+
+
+class Counting(Bigram):
+    """Counts its forward passes."""
+
+    passes = 0
+
+    def score(self, x, y):
+        self.passes += 1
+        return super().score(x, y)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+@pytest.mark.parametrize("count", [1, 5, 8])
+def test_every_rank_makes_the_same_number_of_forward_passes(windows, world_size, count):
+    passes = set()
+    for rank in range(world_size):
+        model = Counting()
+        evaluate(
+            model,
+            {"val": (windows, first(windows, count))},
+            batch_size=2,
+            autocast=nullcontext(),
+            ranks=Pretended(rank, world_size, torch.device("cpu")),
+        )
+        passes.add(model.passes)
+    assert len(passes) == 1, passes
+
+
+def test_an_interruption_of_one_rank_stops_all_after_the_same_pass(windows):
+    class OtherIsTold(Ranks):
+        def sum(self, *values):
+            return [value + 1 for value in values]
+
+    model = Counting()
+    evaluate(
+        model,
+        {"val": (windows, first(windows, 40))},
+        batch_size=4,
+        autocast=nullcontext(),
+        ranks=OtherIsTold(0, 2, torch.device("cpu")),
+    )
+    assert model.passes == 0
+
+
+def test_bits_per_byte_are_those_of_the_decoded_text(tmp_path):
+    from pretrain.tokens.tokenizer import END_OF_TEXT, load_encoding
+
+    encoding = load_encoding()
+    text = "Der Müller, 日本語 🦉 and the mill. " * 9
+    tokens = [END_OF_TEXT, *encoding.encode_ordinary(text)]
+    tokens = tokens[: (len(tokens) - 1) // 8 * 8 + 1]
+    np.save(tmp_path / "t_val_000000.npy", np.array(tokens, dtype=np.uint16))
+    windows = TokenWindows([tmp_path / "t_val_000000.npy"], block_size=8)
+
+    class Uniform(torch.nn.Module):
+        def score(self, x, y):
+            count = (y >= 0).sum()
+            return count * np.log(50257), count * 0, count
+
+    scores = evaluate(
+        Uniform(),
+        {"val": (windows, first(windows, 99))},
+        batch_size=3,
+        autocast=nullcontext(),
+        ranks=Ranks(0, 1, torch.device("cpu")),
+    )["val"]
+    size = len(encoding.decode_bytes(tokens[1:]))
+    assert scores["tokens"] == len(tokens) - 1
+    assert scores["bits_per_byte"] == pytest.approx(
+        (len(tokens) - 1) * np.log2(50257) / size, rel=1e-6
+    )

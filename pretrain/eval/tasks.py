@@ -1,0 +1,194 @@
+"""What a model can be asked at evaluations besides its loss: a table of tasks, and their protocol.
+
+    tasks = [HellaSwag(limit=200), MultipleChoice("mine", "mine.jsonl")]
+    for task in tasks:
+        summary = task.score(model, dtype=torch.bfloat16, ranks=ranks, interrupted=stop.is_set)
+        if summary is not None:        # {"style": "completion", "n": 200, "acc": 0.28, ...}
+            summaries[task.name] = summary
+
+A further task is a class here with a line in TASKS. The log, the report, the console and the model
+card know summaries by their name and nothing else of a task. All ranks make a task and score it
+together. A task stops no training: what is wrong is one warning, and then there is no summary.
+"""
+
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from pretrain.distributed import Ranks, environment
+from pretrain.errors import UserError
+from pretrain.eval.hellaswag import Example, data_path, ensure_data, load_with_hash
+from pretrain.eval.scoring import score_examples
+from pretrain.report.known import title
+from pretrain.tokens.tokenizer import TokenizerUnavailable, load_encoding
+
+
+class Task(Protocol):
+    """Something that a model is scored on."""
+
+    name: str  # in the log: [a-z0-9_-]
+
+    def score(
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype,
+        ranks: Ranks,
+        interrupted: Callable[[], bool],
+    ) -> dict[str, Any] | None:
+        """The numbers as JSON takes them, the same on every rank: n, acc, acc_norm, acc_stderr,
+        acc_norm_stderr, style. None: there are none (yet), or `interrupted` said so on a rank."""
+        ...
+
+
+class MultipleChoice:
+    """A file in HellaSwag's format, .jsonl or .jsonl.gz: a context and four endings a line."""
+
+    def __init__(
+        self,
+        name: str,
+        file: str | Path,
+        limit: int | None = None,
+        *,
+        style: str = "completion",
+        batch_tokens: int | None = None,
+    ):
+        """limit: examples, always the same random choice (None or 0: all). batch_tokens: positions
+        in a batch, which bounds the memory (default: by device)."""
+        self.name, self.limit, self.style = name, limit, style
+        self.batch_tokens = batch_tokens
+        self._file = Path(file)
+        self._examples: list[Example] | None = None
+        self._is_left_out = False
+
+    def score(
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype,
+        ranks: Ranks,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any] | None:
+        """See Task.score."""
+        if self._is_left_out or not self._is_ready(ranks):
+            return None
+        try:
+            if self._examples is None:
+                self._examples = self._load(ranks)
+            result = score_examples(
+                model,
+                self._examples,
+                style=self.style,
+                batch_tokens=self.batch_tokens,
+                dtype=dtype,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                group=ranks.control,
+                interrupted=interrupted,
+            )
+        except (UserError, TokenizerUnavailable) as error:
+            self._leave_out(str(error), ranks)
+            return None
+        return result and result.summary()
+
+    def _is_ready(self, ranks: Ranks) -> bool:
+        """Whether the file is where `_file` says, on every node; the same answer on every rank."""
+        return True
+
+    def _load(self, ranks: Ranks) -> list[Example]:
+        """The examples, by every rank from the disk of its node."""
+        ranks.together(load_encoding)  # so that a rank without it does not leave the others waiting
+        examples, sha256 = ranks.together(load_with_hash, self._file, self.limit)
+        if len(set(ranks.gather(sha256))) > 1:
+            raise UserError(f"{self._file}: not the same file on all nodes; copy one to all")
+        return examples
+
+    def _leave_out(self, problem: str, ranks: Ranks) -> None:
+        self._is_left_out = True
+        if ranks.is_first:
+            print(f"warning: {title(self.name)} is left out: {problem}", file=sys.stderr)
+
+
+class HellaSwag(MultipleChoice):
+    """The published file, once it is there: on each node the first process of that node downloads
+    it beside the training."""
+
+    def __init__(
+        self,
+        file: str | Path | None = None,
+        limit: int | None = None,
+        *,
+        wait_seconds: float | None = 2.0,
+        **options: Any,
+    ):
+        """file: a copy to take instead. wait_seconds: for a download to end, at most (None: as
+        long as it takes)."""
+        super().__init__("hellaswag", file or data_path(), limit, **options)
+        self._is_here = file is not None or environment("LOCAL_RANK", 0) > 0
+        self._problem: str | None = None
+        if not self._is_here:
+            thread = threading.Thread(target=self._download, daemon=True)
+            thread.start()
+            thread.join(wait_seconds)
+
+    def _download(self) -> None:
+        # Its retries are not for the console of a run.
+        logging.getLogger("pretrain.text.remote").setLevel(logging.ERROR)
+        try:
+            ensure_data()
+            self._is_here = True
+        except Exception as error:  # nothing that a download does is a reason to stop
+            self._problem = str(error)
+
+    def _is_ready(self, ranks: Ranks) -> bool:
+        if self._examples is not None:  # on one rank, then on all
+            return True
+        states = ranks.gather((self._is_here, self._problem))
+        if problem := next((problem for _, problem in states if problem), None):
+            self._leave_out(problem, ranks)
+        return problem is None and all(is_here for is_here, _ in states)
+
+
+TASKS: dict[str, Callable[..., Task]] = {"hellaswag": HellaSwag}
+
+
+def parse_tasks(words: list[str]) -> dict[str, str | None]:
+    """{name: file} for words such as NAME=FILE, a file in HellaSwag's format, or the NAME of a task
+    in TASKS. Raises UserError that says what is wrong with the first bad one.
+
+    >>> parse_tasks(["trivia=trivia.jsonl"])
+    {'trivia': 'trivia.jsonl'}
+    """
+    found: dict[str, str | None] = {}
+    for word in words:
+        name, _, file = word.partition("=")
+        if not name or not name.replace("-", "_").isidentifier() or not name.isascii():
+            raise UserError(f"{word!r} is not NAME=FILE with a name of letters, digits, - and _")
+        if name in found:
+            raise UserError(f"{name}: named twice")
+        if not file and name not in TASKS:
+            known = ", ".join(TASKS)
+            raise UserError(f"{name}: give its file, {name}={name}.jsonl (known without: {known})")
+        if file and not Path(file).is_file():
+            raise UserError(f"{name}: {file}: no such file")
+        found[name] = file or None
+    return found
+
+
+def open_tasks(
+    wanted: dict[str, str | None], limit: int | None = None, wait_seconds: float | None = 2.0
+) -> list[Task]:
+    """The tasks that parse_tasks found, on every rank."""
+    tasks: list[Task] = []
+    for name, file in wanted.items():
+        if name in TASKS:
+            tasks.append(TASKS[name](file, limit, wait_seconds=wait_seconds))
+        elif file is not None:
+            tasks.append(MultipleChoice(name, file, limit))
+    return tasks

@@ -1,0 +1,124 @@
+"""Several runs: what differs leads, and nothing of a page is left behind by a full disk."""
+
+import csv
+import io
+import re
+import subprocess
+import sys
+
+import pytest
+from test_report import healthy_run, of, write_run
+
+from pretrain import files
+from pretrain.report import __main__ as report
+from pretrain.report.compare import compare, seeds, to_markdown
+from pretrain.report.runs import Run
+
+
+def run_of(folder, loss, rate, seed=1, **more):
+    """A run whose best validation loss is `loss`."""
+    records = healthy_run(20, seed=seed, evals=2)
+    for record in of(records, "eval"):
+        record["val_loss"] = loss + 0.5 * (record["step"] < 200)
+    config = {"learning_rate": rate, "seed": seed, "out_dir": str(folder), "n_layer": 2, **more}
+    return write_run(folder, records, flags=config)
+
+
+@pytest.fixture
+def three(tmp_path):
+    return [
+        run_of(tmp_path / "slow", 3.5, 1e-4),
+        run_of(tmp_path / "good", 3.0, 3e-4),
+        run_of(tmp_path / "fast", 4.0, 1e-3),
+    ]
+
+
+def test_the_best_run_leads_and_only_what_differs_is_a_column(three):
+    table = compare([Run.load(folder) for folder in three])
+    assert [row[0] for row in table.rows] == ["good", "slow", "fast"]
+    assert table.header[1] == "learning_rate" and table.header[2] == "validation loss"
+    assert not {"n_layer", "out_dir", "seed"} & set(table.header)
+    assert [row[1] for row in table.rows] == ["0.0003", "0.0001", "0.001"]
+    assert (0, 2) in table.best and (1, 2) not in table.best
+
+
+def test_the_page_leads_with_the_table_and_marks_the_best(three):
+    assert report.main([*map(str, three)]) == 0
+    page = (three[0] / "report.html").read_text()
+    assert page.index("What differs") < page.index("What looks wrong")
+    assert re.findall(r'class="best">([^<]*)', page)[0] == "3.0000"
+
+
+def test_csv_and_markdown_hold_the_same_numbers(three, tmp_path, capsys):
+    words = ["--csv", str(tmp_path / "t.csv"), "--md", "-"]
+    assert report.main([*map(str, three), *words]) == 0
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "t.csv").read_text())))
+    assert [row["run"] for row in rows] == ["good", "slow", "fast"]
+    assert float(rows[0]["validation loss"]) == 3.0 and float(rows[2]["learning_rate"]) == 1e-3
+    assert float(rows[0]["tokens"]) == 200 * 1024
+    assert "| good | 0.0003 | **3.0000** |" in capsys.readouterr().out
+
+
+def test_names_cannot_break_a_table_or_become_a_formula(tmp_path):
+    folders = [run_of(tmp_path / "=1|a", 3.0, 1e-3), run_of(tmp_path / "b", 3.1, 1e-4)]
+    words = ["--csv", str(tmp_path / "t.csv")]
+    assert report.main([*map(str, folders), *words]) == 0
+    assert "\n'=1|a," in (tmp_path / "t.csv").read_text()
+    lines = to_markdown(compare([Run.load(folder) for folder in folders])).splitlines()
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+
+def test_seeds_of_one_setting_are_shown_as_mean_and_spread(tmp_path):
+    folders = [
+        run_of(tmp_path / f"{rate}-{seed}", loss, rate, seed)
+        for rate, losses in ((1e-3, (3.0, 3.2)), (1e-4, (4.0, 4.4)))
+        for seed, loss in enumerate(losses)
+    ]
+    lines = seeds([Run.load(folder) for folder in folders])
+    assert lines[0].startswith("learning_rate 0.001: validation loss 3.1000 +- 0.1414")
+    assert "2 seeds" in lines[1] and "4.2000 +- 0.2828" in lines[1]
+
+
+def test_a_full_disk_leaves_nothing_behind_and_the_old_page_as_it_was(three, monkeypatch, capsys):
+    page = three[0] / "report.html"
+    assert report.main([str(three[0])]) == 0
+    before = {path.name: path.read_bytes() for path in three[0].iterdir()}
+    real, written = files.os.fsync, []
+
+    def full_disk(handle):
+        written.append(handle)
+        if len(written) > 3:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(files.os, "fsync", full_disk)
+    capsys.readouterr()
+    assert report.main([*map(str, three), "--output", str(page)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in three[0].iterdir()} == before
+
+
+def test_a_killed_run_is_known_by_its_free_lock(tmp_path):
+    folder = write_run(tmp_path / "run", healthy_run(10))
+    code = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print('locked', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(folder / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert Run.load(folder).status() == "still going", "though its last line is years old"
+        process.kill()
+    assert Run.load(folder).status() == "interrupted: its process is gone"
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--outptu", "x"], "did you mean --output?"),
+        ([], "OUT_DIR: name the folder of a run"),
+    ],
+)
+def test_wrong_flags_are_said_with_what_was_meant(words, answer, capsys):
+    assert report.main(words) == 2
+    assert answer in capsys.readouterr().err

@@ -1,0 +1,96 @@
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.report import __main__ as report
+from pretrain.report.console import Console
+from pretrain.report.runlog import RunLog, eval_line, scores_block
+from pretrain.report.trackers import numbers
+
+ROOT = Path(__file__).parents[2]
+EVAL = {"step": 5, "val_loss": 3.2, "train_loss": 3.2, "perplexity": 24.5, "accuracy": 0.38}
+MINE = {"style": "completion", "n": 12, "acc": 0.5, "acc_norm": 0.25, "truncated": 0}
+
+
+class Gone(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("stream", [Gone(), io.StringIO()])
+def test_a_stdout_that_has_gone_ends_the_lines_and_not_the_run(stream, monkeypatch):
+    if not isinstance(stream, Gone):
+        stream.close()  # `>&-`, or a terminal that was closed
+    console = Console(10, 0)
+    monkeypatch.setattr(sys, "stdout", stream)
+    console.say("step 1")
+    console.sample({"step": 2, "prompt": "a", "text": "b"})
+    console.close()
+    assert not console.enabled
+
+
+def test_a_run_goes_on_behind_a_head_that_has_seen_enough():
+    code = (
+        "from pretrain.report.console import Console\n"
+        "import sys\n"
+        "console = Console(99, 0)\n"
+        "for i in range(20_000): console.say(f'step {i} ' + 'x' * 99)\n"
+        "console.close(); print('more'); print('whole', file=sys.stderr)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline().startswith(b"step 0 ")
+        process.stdout.close()
+        assert process.stderr.read() == b"whole\n"
+        assert process.wait() == 0
+
+
+def test_a_narrow_stdout_shows_what_it_can(monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    console = Console(10, 0)
+    monkeypatch.setattr(sys, "stdout", narrow)
+    console.sample({"step": 2, "prompt": "Müller", "text": " 日本 \N{OWL}"})
+    narrow.flush()
+    assert narrow.buffer.getvalue().decode("cp1252") == "step  2/10 | Müller ?? ?\n"
+    assert console.enabled
+
+
+def test_the_evaluation_line_names_every_task_and_says_how_many_contexts_were_cut():
+    line = eval_line(EVAL | {"tasks": {"hellaswag": MINE, "mine": MINE | {"truncated": 7}}}, 10)
+    assert "hellaswag 25.0% (12)" in line and "mine 25.0% (12, 7 contexts cut)" in line
+
+
+def test_the_table_of_an_evaluation_names_every_task_and_its_cut_contexts():
+    scores = {"val": {"loss": 800.0, "accuracy": 0.1, "tokens": 9, "bits_per_byte": 1.25}}
+    block = scores_block(scores, {"hellaswag": MINE, "mine": MINE | {"truncated": 7}})
+    assert "perplexity inf" in block, "beyond what math.exp takes"
+    assert "bits per byte 1.2500" in block
+    assert "HellaSwag  acc 0.5000" in block and "mine  acc 0.5000" in block
+    assert "7 endings had their context cut" in block
+
+
+def test_trackers_get_tasks_under_the_names_they_had():
+    found = numbers(EVAL | {"event": "eval", "tasks": {"hellaswag": MINE}})
+    assert found["eval/hellaswag/acc_norm"] == 0.25 and found["eval/val_loss"] == 3.2
+
+
+def test_a_log_of_before_tasks_had_names_gives_the_same_page(tmp_path):
+    pages = []
+    for name, scores in (("old", {"hellaswag": MINE}), ("new", {"tasks": {"hellaswag": MINE}})):
+        folder = tmp_path / name / "run"
+        folder.mkdir(parents=True)
+        log = RunLog(folder)
+        log.write("start", step=0)
+        for step in (5, 10):
+            log.write("eval", **EVAL | {"step": step, **scores})
+        lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+        log.path.write_text("".join(json.dumps(line | {"time": 1.0}) + "\n" for line in lines))
+        assert report.main([str(folder)]) == 0
+        pages.append((folder / "report.html").read_text().replace(str(folder), ""))
+        assert (folder / "report-hellaswag-completion.png").exists()
+    assert pages[0] == pages[1] and "HellaSwag, completion" in pages[0]
