@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pretrain.report.runs import Run, RunError, hellaswag_results
+from pretrain.report.known import title
+from pretrain.report.runs import Run, RunError, task_results
 from pretrain.tokens.shards import Manifest, ShardError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ SETUP = (
     "versions.python",
     "versions.torch",
 )
+DATASETS = {"hellaswag": "Rowan/hellaswag"}  # names on the hub
 SOURCE = ("dataset", "config", "split", "commit")
 SHOWN_EVALUATIONS = 8
 # Flags that are left out: the model's sizes, which config.json has, and what does not bear on the
@@ -62,13 +64,15 @@ def training_record(model: "GPT", checkpoint: dict[str, Any], path: Path) -> dic
         run = Run.load(path.parent)
     except RunError:
         run = None
-    evaluations, hellaswag = [], {}
+    evaluations: list[dict[str, int | float]] = []
+    tasks: dict[str, dict[str, dict[str, int | float]]] = {}  # by task and style
     if run and step is not None:
         evaluations = [_only(record, EVALUATION) for record in run.evals if record["step"] <= step]
-        for style, results in hellaswag_results(run).items():
+        for (task, style), results in task_results(run).items():
             for at, result in results:
                 if at <= step:
-                    hellaswag[style] = {"step": at, **_only(result, ("acc", "acc_norm", "n"))}
+                    numbers = _only(result, ("acc", "acc_norm", "n"))
+                    tasks.setdefault(task, {})[style] = {"step": at, **numbers}
     return {
         "format": 1,
         "parameters": model.num_parameters(),
@@ -78,7 +82,7 @@ def training_record(model: "GPT", checkpoint: dict[str, Any], path: Path) -> dic
         "flags": {key: value for key, value in flags.items() if _is_plain(key, value)},
         "setup": {key: run.config[key] for key in SETUP if run and key in run.config},
         "evaluations": evaluations,
-        "hellaswag": hellaswag,
+        "tasks": tasks,
     }
 
 
@@ -135,12 +139,18 @@ def model_card(folder: Path, repo_id: str) -> str:
     ]
     if data := record.get("data"):
         parts.append(f"## Data\n\n{_table(['', ''], _data_rows(data))}")
-    if record.get("evaluations") or record.get("hellaswag"):
+    if record.get("evaluations") or _tasks(record):
         parts.append(f"## Evaluation\n\n{_evaluation(record)}")
     parts.append(
         f"## Configuration\n\n{_table(['setting', 'value'], _configuration_rows(config, record))}"
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _tasks(record: dict[str, Any]) -> dict[str, dict[str, dict[str, int | float]]]:
+    """{task: {style: numbers}}; the records of version 0.1 know HellaSwag alone."""
+    earlier = record.get("hellaswag")
+    return record.get("tasks") or ({"hellaswag": earlier} if earlier else {})
 
 
 def _metadata(record: dict[str, Any], repo_id: str) -> str:
@@ -150,14 +160,15 @@ def _metadata(record: dict[str, Any], repo_id: str) -> str:
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type="Rowan/hellaswag",
-            dataset_name="HellaSwag",
+            dataset_type=DATASETS.get(task, task),
+            dataset_name=title(task),
             dataset_split="validation",
             metric_type=metric,
             metric_name=f"{metric} ({style} style, {result.get('n', '?')} examples)",
             metric_value=result[metric],
         )
-        for style, result in record.get("hellaswag", {}).items()
+        for task, styles in _tasks(record).items()
+        for style, result in styles.items()
         for metric in ("acc", "acc_norm")
         if metric in result
     ]
@@ -234,10 +245,12 @@ def _evaluation(record: dict[str, Any]) -> str:
         columns = [key for key in EVALUATION if any(key in row for row in shown)]
         rows = [_cells(row, columns) for row in shown]
         tables.append(_table([column.replace("_", " ") for column in columns], rows))
-    if results := record.get("hellaswag"):
+    for task, results in _tasks(record).items():
         shown_of = ("step", "n", "acc", "acc_norm")
         rows = [[style, *_cells(result, shown_of)] for style, result in results.items()]
-        tables.append(_table(["HellaSwag, style", "step", "examples", "acc", "acc norm"], rows))
+        tables.append(
+            _table([f"{title(task)}, style", "step", "examples", "acc", "acc norm"], rows)
+        )
     return "\n\n".join(tables)
 
 
