@@ -6,11 +6,11 @@ import importlib.util
 from pretrain.errors import UserError
 
 
-class AdapterError(UserError):
+class AdapterError(UserError, RuntimeError):
     """What keeps a trainer from starting; one line for the user."""
 
 
-class FrameworkMissing(UserError):
+class FrameworkMissing(UserError, RuntimeError):
     """A framework that an adapter needs is not installed; the message says how to get it."""
 
 

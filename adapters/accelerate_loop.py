@@ -143,7 +143,9 @@ def finish(
 ) -> None:
     """The end of a run: its model for transformers, and the last line of its log."""
     if accelerator.is_main_process:
-        huggingface.export(accelerator.unwrap_model(model), out_dir / "export", overwrite=True)
+        # Without accelerate's wrapper, which computes in the precision of training.
+        plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        huggingface.export(plain, out_dir / "export", overwrite=True)
     log.write("stop", step=step, reason="finished")
     accelerator.print(f"finished: {out_dir / 'export'}")
     accelerator.end_training()

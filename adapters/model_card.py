@@ -63,15 +63,15 @@ def training_record(model: "GPT", checkpoint: dict[str, Any], path: Path) -> dic
         run = Run.load(path.parent)
     except RunError:
         run = None
-    evaluations: list[dict] = []
-    tasks: dict[str, dict[str, dict]] = {}  # by name and style
+    evaluations: list[dict[str, int | float]] = []
+    tasks: dict[str, dict[str, dict[str, int | float]]] = {}  # by task and style
     if run and step is not None:
         evaluations = [_only(record, EVALUATION) for record in run.evals if record["step"] <= step]
         for (task, style), results in task_results(run).items():
             for at, result in results:
                 if at <= step:
-                    numbers = {"step": at, **_only(result, ("acc", "acc_norm", "n"))}
-                    tasks.setdefault(task, {})[style] = numbers
+                    numbers = _only(result, ("acc", "acc_norm", "n"))
+                    tasks.setdefault(task, {})[style] = {"step": at, **numbers}
     return {
         "format": 1,
         "parameters": model.num_parameters(),
@@ -146,6 +146,12 @@ def model_card(folder: Path, repo_id: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _tasks(record: dict[str, Any]) -> dict[str, dict[str, dict[str, int | float]]]:
+    """{task: {style: numbers}}; the records of version 0.1 know HellaSwag alone."""
+    earlier = record.get("hellaswag")
+    return record.get("tasks") or ({"hellaswag": earlier} if earlier else {})
+
+
 def _metadata(record: dict[str, Any], repo_id: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -173,12 +179,6 @@ def _metadata(record: dict[str, Any], repo_id: str) -> str:
         model_name=PurePosixPath(repo_id).name if results else None,
         eval_results=results or None,
     ).to_yaml()
-
-
-def _tasks(record: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """{task: {style: numbers}}; records of before version 0.2 know HellaSwag alone."""
-    before = {"hellaswag": record["hellaswag"]} if record.get("hellaswag") else {}
-    return record.get("tasks", before)
 
 
 def _summary(config: dict[str, Any], record: dict[str, Any]) -> str:
@@ -244,9 +244,9 @@ def _evaluation(record: dict[str, Any]) -> str:
         columns = [key for key in EVALUATION if any(key in row for row in shown)]
         rows = [_cells(row, columns) for row in shown]
         tables.append(_table([column.replace("_", " ") for column in columns], rows))
-    for task, styles in _tasks(record).items():
+    for task, results in _tasks(record).items():
         shown_of = ("step", "n", "acc", "acc_norm")
-        rows = [[style, *_cells(result, shown_of)] for style, result in styles.items()]
+        rows = [[style, *_cells(result, shown_of)] for style, result in results.items()]
         tables.append(
             _table([f"{title(task)}, style", "step", "examples", "acc", "acc norm"], rows)
         )

@@ -70,7 +70,7 @@ def newest(states: Sequence[Path], needed: Sequence[str] = ()) -> Path | None:
             say("adapters", f"{failure}; passed over", "warning")
         return state
     if failures:
-        more = f" (nor can {len(failures) - 1} older ones)" if len(failures) > 1 else ""
+        more = " (nor can the older ones be read)" if len(failures) > 1 else ""
         raise StateError(
             f"{failures[0]}{more}; move it away to begin anew, or take another --out_dir"
         )

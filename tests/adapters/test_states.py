@@ -99,7 +99,7 @@ def test_a_bomb_in_a_state_is_one_line_and_does_not_go_off(
     errors = capsys.readouterr().err
     assert not mark.exists()
     assert "Traceback" not in errors
-    assert len(lines(errors, "error:")) == 1 and found[-1].name in lines(errors, "error:")[0]
+    assert len(lines(errors, "error:")) == 1 and found[0].name in lines(errors, "error:")[0]
 
 
 def test_objects_that_trainer_writes_and_nobody_reads_stay_unread(runs, data_dir, tmp_path):
