@@ -82,7 +82,8 @@ def score_examples(
     place = torch.device(device or next((w.device for w in weights), "cpu"))
     parts = engine.take_apart(model)
     if (parts.vocab_size or VOCAB_SIZE) < VOCAB_SIZE:
-        raise HellaSwagError(f"its {parts.vocab_size} tokens are not GPT-2's {VOCAB_SIZE}")
+        found = f"a vocabulary of {parts.vocab_size} tokens"
+        raise HellaSwagError(f"{found} is not GPT-2's of {VOCAB_SIZE}")
     items, lengths, labels = _encoded(examples, style)
     rows = engine.make_rows(items, parts.block_size, share=parts.packs)
     batches = engine.make_batches(rows, batch_tokens or engine.BATCH_TOKENS.get(place.type, 4096))
