@@ -49,6 +49,11 @@ class Result:
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
 
 
+def _refuse_vocabulary(size: int | None) -> None:
+    if (size or VOCAB_SIZE) < VOCAB_SIZE:
+        raise HellaSwagError(f"a vocabulary of {size} tokens is not GPT-2's of {VOCAB_SIZE}")
+
+
 def score_examples(
     model: Callable,
     examples: Sequence[Example],
@@ -81,9 +86,7 @@ def score_examples(
     weights = model.parameters() if hasattr(model, "parameters") else ()
     place = torch.device(device or next((w.device for w in weights), "cpu"))
     parts = engine.take_apart(model)
-    if (parts.vocab_size or VOCAB_SIZE) < VOCAB_SIZE:
-        found = f"a vocabulary of {parts.vocab_size} tokens"
-        raise HellaSwagError(f"{found} is not GPT-2's of {VOCAB_SIZE}")
+    _refuse_vocabulary(parts.vocab_size)
     items, lengths, labels = _encoded(examples, style)
     rows = engine.make_rows(items, parts.block_size, share=parts.packs)
     batches = engine.make_batches(rows, batch_tokens or engine.BATCH_TOKENS.get(place.type, 4096))
