@@ -76,11 +76,10 @@ def score_examples(
     default that of the model's weights. dtype: of the computation, by autocast (default: that of
     the weights). With world_size > 1 all ranks call this with the same examples, make the same
     number of forward passes, add up their losses in the process group `group`, and get the same
-    whole result, that of world_size 1. The model is in eval mode meanwhile, and in its own mode
-    after.
+    whole result, that of world_size 1. The model is in eval mode meanwhile, in its own after.
 
-    Returns None if `interrupted`, which is asked after each batch, has said so on any rank. Raises
-    HellaSwagError if losses are not finite, or for a vocabulary that is not GPT-2's.
+    Returns None if `interrupted`, asked after each batch, has said so on any rank. Raises
+    HellaSwagError if losses are not finite, or a vocabulary is not GPT-2's.
     """
     t0 = time.perf_counter()
     weights = model.parameters() if hasattr(model, "parameters") else ()
