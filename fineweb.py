@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain import __version__
 from pretrain.errors import lasting_output, program
 from pretrain.flags import AMOUNT, COUNT, REAL, parse
+from pretrain.tokens.engines import ENGINES
 from pretrain.tokens.interruption import stopped_by_signals
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def add_work_flags(add: Callable[..., Any]) -> None:
     )
     add(
         "--engine",
-        choices=("local", "ray"),
+        choices=tuple(ENGINES),
         default="local",
         help="where text becomes tokens: on this machine, or on a Ray cluster, whose machines must "
         "all see the source and --out_dir; the shards are the same (default: %(default)s)",

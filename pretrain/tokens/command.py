@@ -20,7 +20,7 @@ from pretrain.tokens.build import (
     refuse_changes,
     refuse_differences,
 )
-from pretrain.tokens.engines import MAX_THREADS, cores
+from pretrain.tokens.engines import MAX_THREADS, cores, load_engine
 from pretrain.tokens.estimate import Estimate, estimate
 from pretrain.tokens.folder import damaged_shards, leftovers
 from pretrain.tokens.interruption import Stopped
@@ -116,7 +116,7 @@ def build(request: Request, folder: Path, source: Source | None) -> int:
     if request.dry_run:
         return 0
     work.progress = ConsoleProgress(expected, settings.max_tokens)
-    make = ENGINES[request.engine]
+    make = load_engine(request.engine)
     with contextlib.closing(work.progress):
         manifest = make(request, source, folder, work, name=name, tokens=expected.tokens)
     print_result(folder, manifest)
@@ -128,31 +128,6 @@ def build_here(
 ) -> Manifest:
     """On this machine."""
     return build_shards(source, folder, request.settings, work, name=name, expected_tokens=tokens)
-
-
-def build_on_ray(
-    request: Request, source: Source, folder: Path, work: Work, *, name: str, tokens: int
-) -> Manifest:
-    """On a Ray cluster, or on one that is started here. Its shards are verified before they count:
-    no engine's word is taken for them."""
-    from pretrain.tokens.ray_engine import RayEngine
-    from pretrain.tokens.staged import build_staged, scratch_bytes
-
-    with RayEngine(request.ray_address, request.num_proc) as engine:
-        here = "on this machine" if request.ray_address is None else f"at {request.ray_address}"
-        scratch = in_bytes(scratch_bytes(request.settings, engine.workers))
-        print(f"engine      Ray {here}, {engine.workers} workers, scratch of up to {scratch}")
-        manifest = build_staged(
-            source, folder, request.settings, work, engine, name=name, expected_tokens=tokens
-        )
-    findings = verify_folder(folder)
-    if findings.problems:
-        raise ShardError(f"{folder}: {'; '.join(findings.problems[:5])}")
-    return manifest
-
-
-# Where units run. An engine is a line here, and a file that has an Engine of tokens/staged.py.
-ENGINES = {"local": build_here, "ray": build_on_ray}
 
 
 def open_dataset(settings: Settings, manifest: Manifest | None) -> Source:

@@ -5,12 +5,12 @@
             ...
 
 `run_in_order` needs callables alone: each is called with one task after the other, in a thread of
-its own, and yields the task's results. This file has two engines, threads of this process and
-processes of this machine. Another one (a cluster's actors) gives such callables too, and `workers`
-chooses between them: nothing else knows where work runs.
+its own, and yields the task's results. That is the engine of one machine, of threads or processes.
+A cluster builds in steps that are published (see staged.py); ENGINES has a line for each.
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import queue
@@ -24,6 +24,12 @@ from typing import Any, TypeVar
 
 from pretrain.errors import UserError
 
+# Where units run, by the name that --engine takes: the function that builds a request's shards.
+# Its module is loaded when it is chosen.
+ENGINES = {
+    "local": "pretrain.tokens.command:build_here",
+    "ray": "pretrain.tokens.ray_engine:build_on_ray",
+}
 # Threads of one process: on more cores than these gigatoken starts threads of its own.
 MAX_THREADS = 8
 NETWORK_THREADS = 4  # at least, where they wait for the network
@@ -32,6 +38,13 @@ WAITING_RESULTS = 4  # results that a task may be ahead of its reader: bounds th
 T = TypeVar("T")
 R = TypeVar("R")
 Work = Callable[[T], Iterator[R]]
+
+
+def load_engine(name: str) -> Callable[..., Any]:
+    """The function of ENGINES that builds shards: (request, source, folder, work, *, name, tokens)
+    to the manifest."""
+    module, _, function = ENGINES[name].partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 class WorkerDied(UserError):

@@ -14,10 +14,18 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import UserError, first_line
-from pretrain.tokens.staged import Result
+from pretrain.text.documents import Source
+from pretrain.tokens.build import Work
+from pretrain.tokens.progress import in_bytes
+from pretrain.tokens.shards import Manifest, ShardError
+from pretrain.tokens.staged import Result, build_staged, scratch_bytes
+from pretrain.tokens.verify import verify_folder
+
+if TYPE_CHECKING:
+    from pretrain.tokens.command import Request
 
 INSTALL = "pip install -r requirements-ray.txt"
 RETRIES = 20  # of a task whose worker died: machines come and go in a long build
@@ -27,6 +35,24 @@ ROOT = Path(__file__).parents[2]
 
 class RayError(UserError):
     """Ray is missing, or there is no cluster."""
+
+
+def build_on_ray(
+    request: "Request", source: Source, folder: Path, work: Work, *, name: str, tokens: int
+) -> Manifest:
+    """On a Ray cluster, or on one that is started here. Its shards are verified before they count:
+    no engine's word is taken for them."""
+    with RayEngine(request.ray_address, request.num_proc) as engine:
+        here = "on this machine" if request.ray_address is None else f"at {request.ray_address}"
+        scratch = in_bytes(scratch_bytes(request.settings, engine.workers))
+        print(f"engine      Ray {here}, {engine.workers} workers, scratch of up to {scratch}")
+        manifest = build_staged(
+            source, folder, request.settings, work, engine, name=name, expected_tokens=tokens
+        )
+    findings = verify_folder(folder)
+    if findings.problems:
+        raise ShardError(f"{folder}: {'; '.join(findings.problems[:5])}")
+    return manifest
 
 
 class RayEngine:
