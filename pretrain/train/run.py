@@ -36,7 +36,7 @@ from pretrain.train import best
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.schema import problem_in_continued
-from pretrain.train.settings import TrainSettings, warnings_of
+from pretrain.train.settings import TrainSettings, changed_flags, warnings_of
 from pretrain.train.state import TrainState, read_on_first, source_of, source_problem
 from pretrain.train.stopping import NotFinite, StopSignal
 
@@ -173,7 +173,9 @@ class Run:
                 raise CheckpointError(f"{self.path}: its optimizer does not fit: {error}") from None
             if problem := source_problem(source, self.saved.get("model_source") or {}):
                 self.warn(f"{self.path}: {problem}")
-            self._warn_of_changed_flags(self.saved.get("config") or {})
+            changed = changed_flags(self.saved.get("config") or {}, settings)
+            if changed and state.step:
+                self.warn(f"from step {state.step:,} on: {'; '.join(changed)}")
         self.saved = None  # unmaps the file
         self._about = {
             "format": checkpoints.FORMAT,
@@ -186,18 +188,6 @@ class Run:
             "model_config": asdict(state.model.config),
             "model_source": source,
         }
-
-    def _warn_of_changed_flags(self, before: dict[str, Any]) -> None:
-        """Flags that may change from one part of a run to the next, and rarely should."""
-        schedule = ("learning_rate", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip")
-        flags = self.settings.flags
-        changed = [
-            f"--{name} {before[name]} before, {flags[name]} now"
-            for name in schedule
-            if name in before and before[name] != flags[name]
-        ]
-        if changed and self.state.step:
-            self.warn(f"from step {self.state.step:,} on: {'; '.join(changed)}")
 
     def was_finished(self) -> bool:
         """Whether an earlier part of the run has ended it already; says so."""

@@ -198,6 +198,17 @@ def with_length(settings: TrainSettings, steps_per_epoch: float) -> TrainSetting
     return replace(settings, max_iters=updates, lr_decay_iters=decay, warmup_iters=warmup)
 
 
+def changed_flags(before: dict[str, Any], settings: TrainSettings) -> list[str]:
+    """What may change from one part of a run to the next, and rarely should."""
+    names = ("learning_rate", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip")
+    now = settings.flags
+    return [
+        f"--{name} {before[name]} before, {now[name]} now"
+        for name in names
+        if name in before and before[name] != now[name]
+    ]
+
+
 def warnings_of(settings: TrainSettings, steps_per_epoch: float) -> list[str]:
     """What is allowed and yet defeats the run, most likely by a slip: one line each."""
     found, epochs = [], settings.max_iters / steps_per_epoch
