@@ -119,6 +119,7 @@ def requirements(lines):
     [
         ("requirements.txt", PROJECT["project"]["dependencies"]),
         ("requirements-adapters.txt", PROJECT["project"]["optional-dependencies"]["adapters"]),
+        ("requirements-ray.txt", PROJECT["project"]["optional-dependencies"]["ray"]),
         ("requirements-dev.txt", PROJECT["project"]["optional-dependencies"]["dev"]),
     ],
 )

@@ -1,11 +1,13 @@
-"""Every command of README is run, in its order, by its own words with a few smaller numbers behind
-them.
+"""Every command of README and of the pages under docs/ is run, in its order, by its own words with
+a few smaller numbers behind them.
 
 A copy of the project in a temporary folder is the working directory, and a server on the loopback
-interface the Hugging Face Hub. `make quickstart` is not run here (CI runs it), nor is `make test`,
-which runs this.
+interface the Hugging Face Hub. What needs a cluster, a container engine or an hour is not run: its
+flags are read by the parser of the program that would get them (PARSED). `make quickstart` is not
+run here (CI runs it), nor is `make test`, which runs this.
 """
 
+import gzip
 import io
 import json
 import os
@@ -14,15 +16,19 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from loopback_hub import LoopbackHub
-from test_readme import README, ROOT, commands
+from test_readme import PAGES, README, ROOT, commands, page
+from torch.distributed.run import get_args_parser
 from upload_hub import UploadHub
 
+import fineweb
 from model import GPT, GPTConfig
+from pretrain.train.settings import from_command_line
 
 ITEMS = "tests/data/hellaswag_items.jsonl"
 COPIED = (
@@ -55,9 +61,15 @@ EXCEPTIONS = {  # the same for commands with these words in them
     "--verify": "",
     "--config configs/gpt2-124m.yaml": f"{SIZES} {SHAPE} --total_batch_tokens 256 {LENGTH} "
     + TRAINING,
+    "--config configs/modern-124m.yaml": f"{SIZES} {SHAPE} --total_batch_tokens 256 {LENGTH} "
+    + TRAINING,
     "--eval_only": f"--eval_iters 2 --device cpu --hellaswag_data {ITEMS}",
     "--model my-gpt2": f"{RUN} --cpu",
 }
+
+
+# Pages whose commands need machines that are not here, and a benchmark that takes minutes.
+PARSED = {"docs/many-machines.md": "", "docs/changing-the-model.md": "benchmarks/"}
 
 
 class Sandbox:
@@ -86,9 +98,9 @@ class Sandbox:
             word for word in words if word.endswith(".py") or re.match("adapters|pretrain", word)
         )
         more = SMALLER.get(program, "")
-        for some, flags in EXCEPTIONS.items():
+        for some, instead in EXCEPTIONS.items():
             if some in " ".join(words):
-                more = flags
+                more = instead
         words = [
             "--nproc_per_node=2" if word.startswith("--nproc_per_node") else word for word in words
         ]
@@ -133,23 +145,80 @@ def sandbox(tmp_path):
     return Sandbox(tmp_path)
 
 
-def test_this_file_runs_every_command_that_starts_python():
+def is_parsed(name, words):
+    return name in PARSED and any(word.startswith(PARSED[name]) for word in words)
+
+
+def run_of(name):
+    """The commands of a page that start Python and are run here."""
+    found = [words for words in commands(page(name)) if words[0] in ("python", "torchrun")]
+    return [words for words in found if not is_parsed(name, words)]
+
+
+def test_this_file_runs_or_parses_every_command_of_every_page():
     titles = (
         "1. Shards: `fineweb.py`",
         "2. Training: `train_gpt2.py`",
         "3. Accuracy: `hellaswag.py`",
         "Your own text, a laptop",
-        "Other trainers, other tools",
     )
-    run_here = [words for title in titles for words in section(title)]
-    assert {"fineweb.py", "train_gpt2.py", "hellaswag.py", "sample.py"} <= {
-        words[1] for words in run_here
-    }
-    assert run_here == [words for words in commands() if words[0] in ("python", "torchrun")]
-    assert [words for words in commands() if words[0] == "make"] == [
-        ["make", "quickstart"],
-        ["make", "test"],
-    ]
+    assert [words for title in titles for words in section(title)] == run_of("README.md")
+    run_here = ["README.md", *RUN_BELOW]
+    for name in PAGES:
+        for words in commands(page(name)):
+            if words[0] == "make":
+                continue  # tests/test_readme.py compares them with the Makefile
+            if words[0] == "pip":
+                assert words[1:3] == ["install", "-r"] and (ROOT / words[3]).is_file()
+            elif words[0].endswith("pre-commit"):
+                assert (ROOT / ".pre-commit-config.yaml").is_file() and words[1] == "install"
+            else:
+                assert is_parsed(name, words) or (name in run_here and words in run_of(name)), words
+
+
+RUN_BELOW = ["docs/own-data.md", "docs/changing-the-model.md", "docs/other-tools.md"]
+
+
+def parse(words):
+    """Have a command's flags read by the parsers of the programs that would get them."""
+    if words[0] == "torchrun":
+        launch = get_args_parser().parse_args(words[1:])
+        assert launch.training_script == "train_gpt2.py"
+        words = ["python", launch.training_script, *launch.training_script_args]
+    if words[0] == "sbatch":
+        script = next(word for word in words[1:] if word.endswith(".sbatch"))
+        assert (ROOT / script).is_file()
+        program = re.findall(r"\b(fineweb|train_gpt2)\.py \"\$@\"", (ROOT / script).read_text())
+        words = ["python", f"{program[0]}.py", *words[words.index(script) + 1 :]]
+    if words[0] == "sky":
+        assert (ROOT / words[3]).is_file()
+        words = ["python", "train_gpt2.py", *words[-1].removeprefix("ARGS=").split()]
+    if words[0] == "docker":
+        assert (ROOT / words[words.index("-f") + 1]).is_file()
+    elif words[0] == "ray":
+        assert words[1] == "start" and words[2].split("=")[0] in ("--head", "--address")
+    elif words[1] == "train_gpt2.py":
+        assert from_command_line(words[2:]) is not None
+    elif words[1] == "fineweb.py":
+        fineweb.parse_args(words[2:])  # ends the process where something is wrong
+    else:
+        source = (ROOT / words[1]).read_text(encoding="utf-8")
+        for flag in words[2:]:
+            assert not flag.startswith("--") or f'"{flag}"' in source
+
+
+@pytest.mark.parametrize("name", PARSED)
+def test_commands_for_clusters_and_long_ones_are_understood(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data" / "fineweb-edu-sample-10BT"
+    data.mkdir(parents=True)
+    for file in ("a_val_000000.npy", "a_train_000001.npy"):
+        np.save(data / file, np.zeros(9, np.uint16))
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    parsed = [words for words in commands(page(name)) if is_parsed(name, words)]
+    assert parsed
+    for words in parsed:
+        parse(words)
 
 
 def test_the_commands_that_make_shards(sandbox):
@@ -193,13 +262,44 @@ def test_the_commands_for_a_text_of_ones_own(sandbox):
     assert (sandbox.folder / "checkpoints" / "mine" / "report.html").is_file()
 
 
+def test_the_commands_for_ones_own_data(sandbox):
+    document = json.dumps({"text": "The mill stands still. " * 200, "content": "It turns. " * 2000})
+    for folder in ("corpus", "more"):
+        (sandbox.folder / folder).mkdir()
+    (sandbox.folder / "corpus" / "a.jsonl").write_text(document + "\n")
+    (sandbox.folder / "more" / "b.jsonl.gz").write_bytes(gzip.compress(document.encode()))
+    printed = [sandbox.run(words) for words in run_of("docs/own-data.md")]
+    assert len(printed) == 6
+    assert (sandbox.folder / "data/input-bin/input_train_000001.bin").is_file()
+    assert (sandbox.folder / "checkpoints/from-bin/final_model.pt").is_file()
+
+
+def test_the_commands_that_change_the_model(sandbox):
+    sandbox.run("python fineweb.py --source input.txt --out_dir data/fineweb-sample-10BT")
+    for words in run_of("docs/changing-the-model.md"):
+        sandbox.run(words)
+    runs = {path.parent.name for path in sandbox.folder.glob("checkpoints/*/final_model.pt")}
+    assert runs == {"small", "modern-small", "modern-124m", "muon"}
+
+
+def test_the_snippets_of_python_are_true(sandbox):
+    sandbox.run("python train_gpt2.py --data input.txt")
+    snippets = re.findall(r"```python\n(.*?)```", page("docs/python-api.md"), re.DOTALL)
+    code = "\n".join(snippets) + "\nassert len(losses) > 0\n"
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=sandbox.folder, env=sandbox.environment, check=True
+    )
+    others = [name for name in PAGES if "```python" in page(name)]
+    assert others == ["README.md", "docs/python-api.md"]  # that of README is run above
+
+
 def test_the_commands_of_the_adapters(sandbox):
     sandbox.run("python fineweb.py --source input.txt")
     sandbox.run("python train_gpt2.py --data_dir data/input")
     save_tiny_model(sandbox.folder, "gpt2-medium")
     with UploadHub("hf_secret") as hub:
         sandbox.environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret"}
-        for words in section("Other trainers, other tools"):
+        for words in run_of("docs/other-tools.md"):
             for folder in sandbox.folder.glob("out-*"):  # two commands would write to the same
                 shutil.rmtree(folder)
             sandbox.run(words)
