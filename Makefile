@@ -26,7 +26,7 @@ $(VENV)/.stages: requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt requirements-adapters.txt $(VENV)/.stages
+$(VENV)/.dev: requirements-dev.txt requirements-adapters.txt requirements-ray.txt $(VENV)/.stages
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

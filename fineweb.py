@@ -10,6 +10,7 @@ Whatever stops it, the same command continues. `--help` tells the rest.
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -229,6 +230,11 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         )
     if args.max_tokens and (args.val_tokens or 1) >= args.max_tokens:
         problems.append("--max_tokens leaves nothing to train on behind the validation shard")
+    if args.out_dir and re.match(r"\w+:/", str(args.out_dir)) and os.sep == "/":
+        problems.append(
+            f"--out_dir {args.out_dir}: shards are written to a disk; mount the store as a folder, "
+            "or copy them there afterwards"
+        )
     if args.ray_address and args.engine != "ray":
         problems.append("--ray_address: needs --engine ray")
     if args.shard_name is not None and not is_file_name(args.shard_name):

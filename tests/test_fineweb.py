@@ -854,3 +854,12 @@ def test_a_hub_that_is_gone_ends_in_one_line_and_a_rerun_goes_on_at_its_commit(
     )
     assert main("--shard_size", 3_000, "--dataset", "HuggingFaceFW/fineweb", "--out_dir", out) == 1
     assert "--dataset was HuggingFaceFW/fineweb-edu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["s3://bucket/x", "gs://bucket/x", "hf://datasets/a/b"])
+def test_a_store_as_out_dir_is_refused_and_makes_no_folder(tmp_path, where):
+    (tmp_path / "a.txt").write_text("The mill.")
+    command = [sys.executable, ROOT / "fineweb.py", "--source", "a.txt", "--out_dir", where]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "mount the store" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

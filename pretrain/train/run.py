@@ -158,8 +158,7 @@ class Run:
         identity: dict[str, Any],
         architecture: str = "gpt2",
     ) -> None:
-        """Bring `state` to where the run begins. settings: with what the data decided. identity:
-        what no part of a run may change. architecture: the name of the model's. Raises
+        """Bring `state` to where the run begins. identity: what no part of a run may change. Raises
         CheckpointError for the checkpoint of another run."""
         self.settings, self.state = settings, state
         source = source_of(state.model)
@@ -198,10 +197,8 @@ class Run:
         if is_finished:
             is_early = state.step < settings.max_iters
             limit = "early_stopping" if is_early else "epochs" if settings.epochs else "max_iters"
-            self.say(
-                f"{self.out_dir}: finished at step {state.step:,}; with a higher --{limit} it goes"
-                " on"
-            )
+            reached = f"{self.out_dir}: finished at step {state.step:,}"
+            self.say(f"{reached}; with a higher --{limit} it goes on")
         return is_finished
 
     def start(
