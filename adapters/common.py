@@ -31,6 +31,7 @@ from adapters.states import plain_values_only
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint
 from pretrain import distributed, files, flags
 from pretrain.errors import UserError, first_line, program, say
+from pretrain.models import architecture_of
 from pretrain.report.runlog import RunLog
 from pretrain.tokens.shards import ShardError, find_shards
 from pretrain.tokens.tokenizer import TokenizerUnavailable
@@ -66,7 +67,8 @@ ERRORS = (CheckpointError, TrainCheckpointError, ShardError, TokenizerUnavailabl
 def net(name: str) -> Iterator[Any]:
     """pretrain.errors.program for a program that runs a framework: its errors of the disk become a
     line too, and nothing that it loads is executed. Yields the outcome."""
-    with program(name, is_first_process) as outcome, plain_values_only():
+    less = "a smaller --batch_size"
+    with program(name, is_first_process, less_memory=less) as outcome, plain_values_only():
         try:
             yield outcome
         except ERRORS as error:
@@ -204,6 +206,11 @@ def build_model(args: argparse.Namespace, given: set[str]) -> tuple[GPT, int]:
         model = load_checkpoint(args.init_from)[0]
     else:
         model = GPT.from_pretrained(args.init_from)
+    if (name := architecture_of(model)) != "gpt2":
+        raise AdapterError(
+            f"{args.init_from}: a model of the {name} architecture; this trainer has GPT-2's alone,"
+            " train_gpt2.py --init_from takes it"
+        )
     block_size = args.block_size if "block_size" in given else model.config.block_size
     asked = given & {"n_layer", "n_head", "n_embd", "bias"}
     wrong = [
