@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import write_shards
 
 import fineweb
 import hellaswag
@@ -68,3 +69,31 @@ def test_a_trainer_of_another_framework_refuses_a_modern_model_in_one_line(tmp_p
         args, given = common.parse("", flags, str(tmp_path / "other"))
         with pytest.raises(common.AdapterError, match="a model of the modern architecture"):
             common.build_model(args, given)
+
+
+@pytest.mark.parametrize(
+    "variable", [{"WORLD_SIZE": "0"}, {"RANK": "x"}, {"RANK": "0", "LOCAL_RANK": "first"}]
+)
+@pytest.mark.parametrize("name", ["train_gpt2", "adapter"])
+def test_variables_that_torchrun_would_not_set_are_one_line_in_every_trainer(
+    name, variable, monkeypatch, tmp_path, capsys
+):
+    for key, value in variable.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("A mill by the river. " * 99)
+    if name == "adapter":
+        flags = [
+            "--data_dir",
+            str(write_shards(tmp_path / "data")),
+            "--warmup_iters",
+            "0",
+            "--max_iters",
+            "1",
+        ]
+        status = common.main("x.py", flags, common.build_model, description="", out_dir="out")
+    else:
+        flags = ["--data", "text.txt", "--total_batch_tokens", str(8 * 1024), "--device", "cpu"]
+        status = train_gpt2.main(flags)
+    error = capsys.readouterr().err
+    assert status == 1 and error.count("\n") == 1 and "not what torchrun sets" in error

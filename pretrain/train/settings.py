@@ -17,7 +17,7 @@ from typing import Any
 
 from pretrain.errors import UserError, say
 from pretrain.flags import AMOUNT, COUNT, LARGEST, parse_with_config
-from pretrain.rendezvous import is_first_rank
+from pretrain.rendezvous import RankError, environment, is_first_rank
 from pretrain.report import trackers
 from pretrain.text.source import SourceError
 from pretrain.tokens.shards import ShardError, find_shards
@@ -173,8 +173,10 @@ def from_command_line(argv: Sequence[str] | None) -> TrainSettings | None:
 
 def _number(name: str, default: int) -> int:
     """What torchrun set; what else stands there is refused where the ranks meet."""
-    text = os.environ.get(name, "")
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else default
+    try:
+        return environment(name, default)
+    except RankError:
+        return default
 
 
 def with_length(settings: TrainSettings, steps_per_epoch: float) -> TrainSettings:
