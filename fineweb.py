@@ -257,7 +257,7 @@ def make_request(args: argparse.Namespace) -> "Request":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    with program(PROG) as outcome:
+    with program(PROG, less_memory="a smaller --num_proc") as outcome:
         args = parse_args(argv)
         with lasting_output(), stopped_by_signals(PROG, outcome):
             from pretrain.tokens.command import run

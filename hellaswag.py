@@ -201,7 +201,7 @@ def is_speaker() -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_or_exit(build_parser(), argv, speaks=is_speaker())
-    with program("hellaswag.py", is_speaker) as outcome:
+    with program("hellaswag.py", is_speaker, less_memory="a smaller --batch_tokens") as outcome:
         run(args)
     return outcome.status
 

@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_or_exit(build_parser(), argv)
-    with program("sample.py") as outcome:
+    with program("sample.py", less_memory="a smaller --batch_size") as outcome:
         if sys.stdin is None:  # closed by the shell
             sys.stdin = open(os.devnull)  # noqa: SIM115
         with contextlib.suppress(AttributeError, ValueError):

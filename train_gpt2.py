@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = from_command_line(argv)
     if settings is None:
         return 2
-    with program("train_gpt2.py", is_speaker=is_first_rank) as outcome:
+    with program("train_gpt2.py", is_first_rank, less_memory="a smaller --batch_size") as outcome:
         ranks = Ranks.start(settings.device)
         try:
             outcome.status = train(settings, ranks)
@@ -300,7 +300,7 @@ def sampler(run: Run, model: GPT) -> Callable[[], dict[str, Any] | None]:
 
     def sample() -> dict[str, Any] | None:
         with autocast:
-            text = samples.write(model)
+            text = samples.write(model, run.stop.is_set)
         return None if text is None else {"prompt": samples.prompt, "text": text}
 
     return sample

@@ -14,6 +14,7 @@ to back in batches sees what train_gpt2.py sees.
 import argparse
 import contextlib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -31,6 +32,8 @@ from adapters.states import plain_values_only
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint
 from pretrain import distributed, files, flags
 from pretrain.errors import UserError, first_line, program, say
+from pretrain.models import architecture_of
+from pretrain.rendezvous import is_first_rank
 from pretrain.report.runlog import RunLog
 from pretrain.tokens.shards import ShardError, find_shards
 from pretrain.tokens.tokenizer import TokenizerUnavailable
@@ -66,7 +69,8 @@ ERRORS = (CheckpointError, TrainCheckpointError, ShardError, TokenizerUnavailabl
 def net(name: str) -> Iterator[Any]:
     """pretrain.errors.program for a program that runs a framework: its errors of the disk become a
     line too, and nothing that it loads is executed. Yields the outcome."""
-    with program(name, is_first_process) as outcome, plain_values_only():
+    less = "a smaller --batch_size"
+    with program(name, is_speaker, less_memory=less) as outcome, plain_values_only():
         try:
             yield outcome
         except ERRORS as error:
@@ -87,6 +91,11 @@ def disk_problem(error: BaseException) -> str | None:
         cause = cause.__cause__ or cause.__context__
     line = first_line(error)
     return line if "os error" in line or "PytorchStreamWriter failed" in line else None
+
+
+def is_speaker() -> bool:
+    """is_first_process, also where those variables are no numbers: that is what is said then."""
+    return os.environ.get("LOCAL_RANK", "").strip() in ("", "0") and is_first_rank()
 
 
 def is_first_process() -> bool:
@@ -120,9 +129,10 @@ def main(
     add_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> int:
     """A trainer's main: flags, the net, the folder's lock, the run. Returns the exit status."""
-    args, given = parse(description or "", argv, out_dir, add_flags)
-    with net(name) as outcome, run_folder(args.out_dir):
-        train(args, given)
+    with net(name) as outcome:
+        args, given = parse(description or "", argv, out_dir, add_flags)
+        with run_folder(args.out_dir):
+            train(args, given)
     return outcome.status
 
 
@@ -204,6 +214,11 @@ def build_model(args: argparse.Namespace, given: set[str]) -> tuple[GPT, int]:
         model = load_checkpoint(args.init_from)[0]
     else:
         model = GPT.from_pretrained(args.init_from)
+    if (name := architecture_of(model)) != "gpt2":
+        raise AdapterError(
+            f"{args.init_from}: a model of the {name} architecture; this trainer has GPT-2's alone,"
+            " train_gpt2.py --init_from takes it"
+        )
     block_size = args.block_size if "block_size" in given else model.config.block_size
     asked = given & {"n_layer", "n_head", "n_embd", "bias"}
     wrong = [

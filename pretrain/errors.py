@@ -137,12 +137,15 @@ def release_stdout() -> None:
 
 
 @contextlib.contextmanager
-def program(name: str, is_speaker: Callable[[], bool] = lambda: True) -> Iterator[Outcome]:
+def program(
+    name: str, is_speaker: Callable[[], bool] = lambda: True, *, less_memory: str = "smaller sizes"
+) -> Iterator[Outcome]:
     """The net around a program: the one place where errors become a line and an exit status.
 
     UserError, OSError and running out of memory: one line, status 1. Ctrl-C: status 130. A reader
     of stdout that goes away (`| head`): status 0. Everything else is a fault of ours and keeps its
-    traceback. is_speaker: whether this rank says an error that all ranks have.
+    traceback. is_speaker: whether this rank says an error that all ranks have. less_memory: what of
+    this program's to give when memory runs out.
     """
     outcome = Outcome()
     open_standard_files()
@@ -162,11 +165,11 @@ def program(name: str, is_speaker: Callable[[], bool] = lambda: True) -> Iterato
         say(name, first_line(error))
     except MemoryError:
         outcome.status = 1
-        say(name, "out of memory; give smaller sizes")
+        say(name, f"out of memory; give {less_memory}")
     except KeyboardInterrupt:
         outcome.status = 130
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         outcome.status = 1
-        say(name, f"{str(error).split('. ')[0]}; try a smaller --batch_size")
+        say(name, f"{str(error).split('. ')[0]}; give {less_memory}")

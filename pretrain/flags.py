@@ -118,7 +118,11 @@ def load_yaml(text: str, what: str, *, largest: int = LARGEST_YAML, as_text: boo
     try:
         if problem := _yaml_excess(yaml.parse(text, Loader=safe), largest):
             raise UserError(f"{what}: {problem}")
-        return yaml.load(text, Loader=yaml.BaseLoader if as_text else safe)  # both make plain data
+        if as_text:
+            return yaml.load(text, Loader=yaml.BaseLoader)
+        loader = type("Loader", (safe,), {})  # plain data, as BaseLoader
+        loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+        return yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
@@ -127,6 +131,13 @@ def load_yaml(text: str, what: str, *, largest: int = LARGEST_YAML, as_text: boo
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         # PyYAML lets them through: a date of 32 March, a number of 5,000 digits
         raise UserError(f"{what}: not YAML: {first_line(error)}") from None
+
+
+def _whole_number(loader: Any, node: Any) -> int:
+    """An integer that can be shown: YAML's 1:59:59 can make one past Python's limit of digits."""
+    value = loader.construct_yaml_int(node)
+    str(value)  # ValueError
+    return value
 
 
 def _yaml_excess(events: Iterable, most_nodes: int) -> str | None:

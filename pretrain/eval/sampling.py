@@ -8,7 +8,7 @@ The model is an argument: anything whose `stream` is that of model.GPT.
 
 import codecs
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,9 +76,9 @@ class TrainingSamples:
         self.prompt, self.max_new_tokens, self.seed = prompt, max_new_tokens, seed
         self._left_out = False
 
-    def write(self, model) -> str | None:
-        """The continuation; None, and one warning, where prompt or vocabulary do not fit. Leaves
-        global random numbers alone."""
+    def write(self, model, interrupted: Callable[[], bool] = lambda: False) -> str | None:
+        """The continuation; None once `interrupted`, which is asked at each token, and, with one
+        warning, where prompt or vocabulary do not fit. Leaves global random numbers alone."""
         if self._left_out:
             return None
         try:
@@ -95,7 +95,12 @@ class TrainingSamples:
                 seed=self.seed,
                 slide=-(-model.config.block_size // 4),
             )
-            return "".join(piece or "" for (piece,) in pieces)
+            text = ""
+            for (piece,) in pieces:
+                if interrupted():
+                    return None
+                text += piece or ""
+            return text
         except (TokenizerUnavailable, ValueError) as error:
             self._left_out = True
             print(f"warning: samples are left out: {error}", file=sys.stderr)

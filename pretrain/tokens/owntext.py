@@ -21,6 +21,7 @@ import numpy as np
 from pretrain.text.documents import Source, SourceError, local_source
 from pretrain.tokens.build import Settings, Work, build_shards
 from pretrain.tokens.estimate import estimate
+from pretrain.tokens.folder import BuildRefused
 from pretrain.tokens.formats import token_files
 from pretrain.tokens.progress import ConsoleProgress
 from pretrain.tokens.shards import MANIFEST, Manifest, open_shard
@@ -129,6 +130,11 @@ def advice_for_training() -> Iterator[None]:
     """Messages of stage 1 advise flags of fineweb.py: here they say that it has them."""
     try:
         yield
+    except BuildRefused as error:
+        what = re.sub(r"--(?=\w+ was )", "", str(error)).rpartition(". ")[0]
+        raise type(error)(
+            f"{what}. Take another --out_dir or the text of before, or give that folder as --data"
+        ) from None
     except SourceError as error:
         message = without_flags(str(error))
         if message == str(error):

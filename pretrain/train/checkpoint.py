@@ -78,9 +78,9 @@ def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:
         # torch's writer turns the file's OSError into a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise CheckpointError(
-            f"{path}: not saved ({first_line(cause)}); earlier checkpoints are untouched"
-        ) from None
+        kept = any(Path(path).absolute().parent.glob("*.pt"))
+        state = "earlier checkpoints are untouched" if kept else "so far nothing of the run is"
+        raise CheckpointError(f"{path}: not saved ({first_line(cause)}); {state}") from None
 
 
 def link(existing: str | Path, name: str | Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pretrain.errors import UserError, say
 from pretrain.flags import AMOUNT, COUNT, LARGEST, parse_with_config
-from pretrain.rendezvous import is_first_rank
+from pretrain.rendezvous import RankError, environment, is_first_rank
 from pretrain.report import trackers
 from pretrain.text.source import SourceError
 from pretrain.tokens.shards import ShardError, find_shards
@@ -26,6 +26,7 @@ from pretrain.train.arguments import OVERRIDES, build_parser
 from pretrain.train.keytokens import KeyTokenError, read_key_tokens
 
 __all__ = ["AMOUNT", "COUNT", "OVERRIDES", "TrainSettings", "build_parser", "resolve"]
+MOST_SAMPLED = 100_000  # tokens: training waits for them
 MANY_EPOCHS = 10_000  # more passes over the data than anybody means
 # What holds with --optimizer muon where a flag is not given: the record's settings for 124M.
 MUON = {
@@ -172,8 +173,10 @@ def from_command_line(argv: Sequence[str] | None) -> TrainSettings | None:
 
 def _number(name: str, default: int) -> int:
     """What torchrun set; what else stands there is refused where the ranks meet."""
-    text = os.environ.get(name, "")
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else default
+    try:
+        return environment(name, default)
+    except RankError:
+        return default
 
 
 def with_length(settings: TrainSettings, steps_per_epoch: float) -> TrainSettings:
@@ -261,6 +264,8 @@ def _check_numbers(settings: TrainSettings) -> list[str]:
             f"--n_embd {settings.n_embd}, --n_head {settings.n_head}: heads of"
             f" {settings.n_embd // settings.n_head}; --model modern needs a multiple of 4"
         )
+    if settings.sample_tokens > MOST_SAMPLED:
+        problems.append(f"--sample_tokens {settings.sample_tokens}: at most {MOST_SAMPLED:,}")
     if settings.min_lr > settings.learning_rate:
         problems.append(
             f"--min_lr {settings.min_lr}: above --learning_rate {settings.learning_rate}"

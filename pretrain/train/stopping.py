@@ -145,7 +145,7 @@ class FiniteGuard:
             or f"{losses[0]:.4f} on rank 0"
         )
         raise NotFinite(
-            f"step {step}: loss {where}, gradient norm {norm}; stopped before the update, so"
-            " checkpoints are good. Run again with a lower --learning_rate, a longer --warmup_iters"
-            " or another --dtype"
+            f"step {step}: loss {where}, gradient norm {norm}; stopped before the update,"
+            " which would have spoilt the weights: none are saved with it. Run again with a lower"
+            " --learning_rate, more --warmup_iters or --dtype float32"
         )

@@ -31,6 +31,7 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         ("a: 2024-02-31", "not YAML: day"),
         ("a: 0x_", "not YAML"),
         ("a: " + "9" * 5000, "not YAML: Exceeds the limit"),
+        ("a: 1" + ":59" * 5000, "not YAML: Exceeds the limit"),
         ("a: !!int ''", "not YAML"),
         ("a: !!bool maybe", "not YAML"),
         ("a: !!timestamp x", "not YAML"),

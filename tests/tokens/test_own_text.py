@@ -3,6 +3,7 @@ trackers."""
 
 import json
 import os
+import re
 import threading
 import time
 
@@ -12,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from tiny_runs import SETTINGS, flags, initial_model, logged, write_shards
 
+import fineweb
 import train_gpt2
-from model import load_checkpoint
+from model import GPT, GPTConfig, load_checkpoint
+from pretrain.eval.sampling import TrainingSamples
 from pretrain.report import trackers
 from pretrain.report.console import Console
 from pretrain.report.runlog import RunLog, last_per_step, read_log
@@ -21,8 +24,10 @@ from pretrain.tokens import owntext
 from pretrain.tokens.owntext import prepare, unigram_entropy
 from pretrain.tokens.shards import find_shards, open_shard
 from pretrain.tokens.tokenizer import END_OF_TEXT, load_encoding
+from pretrain.train.arguments import build_parser
 from pretrain.train.loader import ShardLoader, TokenWindows
 from pretrain.train.optim import learning_rate
+from pretrain.train.settings import resolve
 
 DOCUMENTS = [
     f"The mill by the river has {n} wheels, and each of them turns {n * n} times." for n in range(9)
@@ -94,6 +99,21 @@ def test_shards_of_a_text_are_kept_and_another_text_is_refused(text, tmp_path, c
         and "--out_dir" in error
         and error.count("\n") == 1
     )
+
+
+def test_shards_made_with_other_settings_are_refused_with_flags_that_the_program_has(
+    text, tmp_path, capfd
+):
+    data = tmp_path / "out" / "data"
+    assert (
+        fineweb.main(["--source", str(text), "--val_fraction", "0.2", "--out_dir", str(data)]) == 0
+    )
+    capfd.readouterr()
+    assert train(None, tmp_path / "out", "--data", str(text)) == 1
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "made with other settings" in error
+    known = {name for action in build_parser()._actions for name in action.option_strings}
+    assert set(re.findall(r"--\w+", error)) <= known
 
 
 def test_a_folder_of_shards_is_taken_as_it_is(data, tmp_path):
@@ -277,6 +297,19 @@ def test_sampling_keeps_to_its_interval_and_changes_nothing_of_the_training(
     assert list(logged(sampled, "sample", "step")) == [1, 2, 3, 4]
     for event, name in (("train", "loss"), ("eval", "val_loss")):
         assert logged(tmp_path / "out", event, name) == logged(sampled, event, name)
+
+
+def test_a_sample_of_any_length_ends_when_the_run_is_told_to_stop():
+    torch.manual_seed(0)
+    model, asked = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16)), []
+
+    def is_told_to_stop():
+        asked.append(1)
+        return len(asked) == 3
+
+    samples = TrainingSamples("The mill", 10**12, seed=1)
+    assert samples.write(model, is_told_to_stop) is None and len(asked) == 3
+    assert "at most" in str(resolve(["--sample_tokens", "1e12"], 1)[1])
 
 
 # ---- looking on

@@ -315,3 +315,12 @@ def test_a_run_is_finished_when_its_last_step_has_its_final_model(tmp_path):
     assert not checkpoints.is_finished(tmp_path, 5)
     save(tmp_path / "final_model.pt", make(5))
     assert checkpoints.is_finished(tmp_path, 5) and not checkpoints.is_finished(tmp_path, 6)
+
+
+def test_what_is_not_saved_says_whether_something_else_is(tmp_path):
+    with pytest.raises(CheckpointError, match=r"not saved .*; so far nothing of the run is$"):
+        save(tmp_path / "a" / "resume.pt", {"step": 1})
+    save(tmp_path / "iter-2-loss-1.0000.pt", {"step": 2})
+    (tmp_path / "resume.pt").mkdir()
+    with pytest.raises(CheckpointError, match=r"not saved .*; earlier checkpoints are untouched$"):
+        save(tmp_path / "resume.pt", {"step": 3})
