@@ -157,7 +157,11 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise HuggingFaceError(f"{folder}: no {missing[0]} in it; make it with the export command")
-    if json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type") != "gpt2":
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or config.get("model_type") != "gpt2":
         raise HuggingFaceError(f"{folder}: its {CONFIG} is not that of a GPT-2")
     if "/" not in repo_id:
         raise HuggingFaceError(f"{repo_id}: name the repository as user/name")

@@ -11,7 +11,7 @@ import fineweb
 import hellaswag
 import sample
 import train_gpt2
-from adapters import common
+from adapters import common, huggingface
 from pretrain.errors import program
 from pretrain.tokens import command
 from pretrain.train import settings
@@ -97,3 +97,12 @@ def test_variables_that_torchrun_would_not_set_are_one_line_in_every_trainer(
         status = train_gpt2.main(flags)
     error = capsys.readouterr().err
     assert status == 1 and error.count("\n") == 1 and "not what torchrun sets" in error
+
+
+@pytest.mark.parametrize("config", ["[1]", "{x", "[" * 100_000, '"gpt2"'])
+def test_a_folder_whose_configuration_is_none_is_not_pushed(config, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert huggingface.main(["push", str(tmp_path), "somebody/model"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "is not that of a GPT-2" in error
