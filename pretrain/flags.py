@@ -120,7 +120,7 @@ def load_yaml(text: str, what: str, *, largest: int = LARGEST_YAML, as_text: boo
             raise UserError(f"{what}: {problem}")
         if as_text:
             return yaml.load(text, Loader=yaml.BaseLoader)
-        loader = type("Loader", (safe,), {})  # plain data, as BaseLoader
+        loader: Any = type("Loader", (safe,), {})  # plain data, as BaseLoader
         loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
         return yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
