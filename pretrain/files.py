@@ -34,6 +34,8 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     raises, what was under the name before is still there and nothing else is left. Raises
     OSError."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file, and nothing else is replaced by one")
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:

@@ -1,0 +1,28 @@
+"""Files are whole or not there: what atomic writes leave, and what they refuse."""
+
+import os
+import stat
+
+import pytest
+
+from pretrain import files
+from pretrain.errors import UserError
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1})
+    before = path.read_bytes()
+    with pytest.raises(ZeroDivisionError), files.atomic_write(path) as file:
+        file.write(b"half of")
+        1 / 0  # noqa: B018
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="not a regular file"):
+        files.write_text(tmp_path / "pipe", "x")
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
