@@ -30,6 +30,7 @@ import fineweb
 from model import GPT, GPTConfig
 from pretrain.train.settings import from_command_line
 
+pytestmark = pytest.mark.timeout(900)  # whole programs, one after the other
 ITEMS = "tests/data/hellaswag_items.jsonl"
 COPIED = (
     "fineweb.py",
