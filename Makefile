@@ -71,7 +71,7 @@ quickstart: $(VENV)/.stages
 
 # Tests are small: one thread each and several at a time beats the other way round.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -82,7 +82,7 @@ lint: $(VENV)/.dev
 FUZZ_CASES ?= 10000
 fuzz: $(VENV)/.dev
 	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(PY) -m pytest -k fuzz --timeout=0 \
-		--numprocesses auto --maxprocesses 8 $(PYTEST_ARGS)
+		--numprocesses auto --maxprocesses 8 --dist loadgroup $(PYTEST_ARGS)
 
 # lm_eval's versions of other packages leave those of this project alone.
 HARNESS := $(VENV)/lm_eval

@@ -91,11 +91,22 @@ def test_a_machine_that_dies_in_the_middle_of_its_units_changes_no_byte(
 
 
 def kill_a_worker():
-    """SIGKILL to a process of this cluster that runs a task."""
-    lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
-    workers = [line.split() for line in lines.stdout.splitlines() if "ray::tokenize" in line]
-    for pid, *_ in workers[:1]:
-        os.kill(int(pid), signal.SIGKILL)
+    """SIGKILL to a process of this test's cluster that runs a task; returns how many there were."""
+    command = ["ps", "-eo", "pid=,ppid=,args="]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    processes = {
+        int(pid): (int(ppid), args) for pid, ppid, args in (x.split(None, 2) for x in lines)
+    }
+
+    def is_ours(pid):
+        while pid in processes and pid != os.getpid():
+            pid = processes[pid][0]
+        return pid == os.getpid()
+
+    workers = [pid for pid, (_, args) in processes.items() if "ray::tokenize" in args]
+    workers = [pid for pid in workers if is_ours(pid)]
+    for pid in workers[:1]:
+        os.kill(pid, signal.SIGKILL)
     return len(workers)
 
 
