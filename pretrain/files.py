@@ -8,6 +8,7 @@ with lock(folder / ".lock", "another process is writing here"):
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -35,7 +36,8 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     OSError."""
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise UserError(f"{path}: not a regular file, and nothing else is replaced by one")
+        problem = "not a regular file, and nothing else is replaced by one"
+        raise FileExistsError(errno.EEXIST, problem, str(path))
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:

@@ -6,7 +6,6 @@ import stat
 import pytest
 
 from pretrain import files
-from pretrain.errors import UserError
 
 
 def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path):
@@ -22,7 +21,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path):
 
 def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="not a regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         files.write_text(tmp_path / "pipe", "x")
     assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
