@@ -172,8 +172,7 @@ def build_shards(
     with prepare_folder(source, folder, settings, name) as manifest:
         total, batches = None, None
         if manifest and manifest.shards:
-            for shard in damaged_shards(folder, manifest):
-                rebuild_shard(source, folder, manifest, shard, work)
+            rebuild_damaged(source, folder, manifest, work)
         else:
             if expected_tokens is None:
                 expected = estimate(source, work.count_tokens, on_bad_document=work.on_bad_document)
@@ -183,6 +182,13 @@ def build_shards(
         if not manifest.complete:
             _pack(source, folder, settings, work, manifest=manifest, total=total, batches=batches)
     return manifest
+
+
+def rebuild_damaged(source: Source, folder: Path, manifest: Manifest, work: Work) -> None:
+    """Make the listed shards again that are missing or of another size. Raises like
+    rebuild_shard."""
+    for shard in damaged_shards(folder, manifest):
+        rebuild_shard(source, folder, manifest, shard, work)
 
 
 def rebuild_shard(

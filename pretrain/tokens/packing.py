@@ -79,12 +79,7 @@ class Packer:
             writer.write(batch.tokens[at:stop])
             self.documents += _count_between(ends - batch.counts, at, stop)
             self._sum_token_count(batch, ends, at, stop)
-            last = int(np.searchsorted(ends, stop))  # the document that holds token stop - 1
-            offset = None if batch.offsets is None else int(batch.offsets[last])
-            token = int(stop - ends[last] + batch.counts[last])
-            self.position = Position(
-                batch.unit.file, first_row + int(batch.rows[last]), token, offset
-            )
+            last, self.position = position_behind(batch, ends, stop, first_row)
             at = stop
             if writer.tokens == writer.expected:
                 self._count_skipped(batch, rows_seen, batch.rows[last])
@@ -213,6 +208,18 @@ class Packer:
             sums["source"] += int(batch.token_counts[ended].sum())
             # the column is without end-of-text
             sums["written"] += int((batch.counts[ended] - 1).sum())
+
+
+def position_behind(
+    batch: TokenBatch, ends: np.ndarray, stop: int, first_row: int
+) -> tuple[int, Position]:
+    """The document that holds the batch's token `stop` - 1, by its place in the batch, and the
+    position behind that token. ends: int64 (documents,), where each document ends in the batch;
+    first_row: the file's row number of the unit's first row."""
+    last = int(np.searchsorted(ends, stop))
+    offset = None if batch.offsets is None else int(batch.offsets[last])
+    token = int(stop - ends[last] + batch.counts[last])
+    return last, Position(batch.unit.file, first_row + int(batch.rows[last]), token, offset)
 
 
 def _count_between(sorted_values: np.ndarray, start: int, stop: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.text.documents import Position
-from pretrain.tokens.packing import Packer
+from pretrain.tokens.packing import Packer, position_behind
 from pretrain.tokens.pipeline import TokenBatch
 from pretrain.tokens.scratch import UnitRecord, read_scratch
 from pretrain.tokens.shards import Manifest, Shard
@@ -27,7 +27,6 @@ class ShardJob:
     start: int
     stop: int
     units: tuple[tuple[int, UnitRecord], ...]  # (number of its first token, unit), in order
-    first: Position | None  # where the shard begins; None: where the source does
     is_last: bool  # nothing comes after: rows left out behind it are its own
 
     @property
@@ -51,6 +50,10 @@ class _OneShardPacker(Packer):
 
 def pack_shard(job: ShardJob) -> tuple[Shard, dict]:
     """Write one shard; returns what the manifest says of it, and the position behind it."""
+    batches = [read_scratch(job.scratch, record) for _, record in job.units]
+    position = None
+    if job.start > 0:  # the first unit holds the token before the shard, which tells the position
+        batches[0], position = _begin_at(batches[0], job.start - job.units[0][0])
     val = "val" if job.index == 0 else "train"
     before = [Shard("", val, job.start, 0, "", {})] + [Shard("", val, 0, 0, "", {})] * job.index
     manifest = _OneShardManifest(
@@ -60,7 +63,7 @@ def pack_shard(job: ShardJob) -> tuple[Shard, dict]:
         {},
         val_tokens=job.size,
         shards=before[: job.index],
-        next=job.first.to_json() if job.first else None,
+        next=position.to_json() if position else None,
     )
     packer = _OneShardPacker(
         job.folder,
@@ -70,10 +73,7 @@ def pack_shard(job: ShardJob) -> tuple[Shard, dict]:
         total_tokens=job.stop,
     )
     try:
-        for number, record in job.units:
-            batch = read_scratch(job.scratch, record)
-            if number < job.start:  # its beginning belongs to the shard before
-                batch = _from_document_of(batch, job.start - number)
+        for batch in batches:
             packer.add(batch)
         if job.is_last:
             packer.finish()
@@ -82,13 +82,13 @@ def pack_shard(job: ShardJob) -> tuple[Shard, dict]:
     return manifest.shards[job.index], manifest.next or {}
 
 
-def _from_document_of(batch: TokenBatch, token: int) -> TokenBatch:
-    """The batch from the document on that holds its token `token` - 1. Rows left out up to there
-    are counted with the shard that has this token."""
+def _begin_at(batch: TokenBatch, token: int) -> tuple[TokenBatch, Position]:
+    """The batch from the document on that holds its token `token` - 1, and the position behind that
+    token. Rows left out up to there are counted with the shard that has this token."""
     ends = np.cumsum(batch.counts)
-    first = int(np.searchsorted(ends, token))
+    first, position = position_behind(batch, ends, token, batch.unit.first_row or 0)
     row = batch.rows[first]
-    return replace(
+    from_there = replace(
         batch,
         tokens=batch.tokens[ends[first] - batch.counts[first] :],
         counts=batch.counts[first:],
@@ -97,3 +97,4 @@ def _from_document_of(batch: TokenBatch, token: int) -> TokenBatch:
         token_counts=None if batch.token_counts is None else batch.token_counts[first:],
         skipped={reason: rows[rows > row] for reason, rows in batch.skipped.items()},
     )
+    return from_there, position

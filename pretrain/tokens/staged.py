@@ -36,10 +36,10 @@ from pretrain.tokens.build import (
     Work,
     new_manifest,
     no_documents,
-    rebuild_shard,
+    rebuild_damaged,
     share_of,
 )
-from pretrain.tokens.folder import BuildRefused, damaged_shards, prepare_folder
+from pretrain.tokens.folder import BuildRefused, prepare_folder
 from pretrain.tokens.scratch import (
     UnitJob,
     UnitRecord,
@@ -110,8 +110,7 @@ def build_staged(
     with prepare_folder(source, folder, settings, name or source.name) as manifest:
         build = StagedBuild(source, folder, settings, work, engine)
         if manifest:
-            for shard in damaged_shards(folder, manifest):
-                rebuild_shard(source, folder, manifest, shard, work)
+            rebuild_damaged(source, folder, manifest, work)
         if not (manifest and manifest.complete):
             manifest = build.run(manifest, name or source.name, expected_tokens)
         shutil.rmtree(build.scratch, ignore_errors=True)
@@ -200,15 +199,17 @@ class StagedBuild:
         planned on their own, so that they are the same in every run."""
         size = wave_bytes(self.settings, self.engine.workers)
         wave: list[Unit] = []
+        wave_size = 0  # in stored bytes
         first_file = resume.file if resume else 0
         for index in range(first_file, len(self.source.files)):
             units = file_units(self.source, index)
             for unit in _from_position(units, resume if index == first_file else None):
                 wave.append(unit)
+                wave_size += unit.num_bytes
                 # Stored bytes stand for tokens' bytes: compressed text has fewer, plain text more.
-                if sum(each.num_bytes for each in wave) >= size:
+                if wave_size >= size:
                     yield wave
-                    wave = []
+                    wave, wave_size = [], 0
         yield wave
 
     def _tokenize(self, wave: list[Unit]) -> None:
@@ -267,10 +268,11 @@ class StagedBuild:
 
     def _pack(self, manifest: Manifest, is_last: bool) -> None:
         """Pack every shard whose tokens are at hand, with is_last also one that is not full."""
-        total, numbers, at = self._total(), [], self.start
-        for record in self.units:
-            numbers.append(at)
-            at += record.tokens
+        total = self._total()
+        ends = list(
+            itertools.accumulate((record.tokens for record in self.units), initial=self.start)
+        )
+        numbers, ends = ends[:-1], ends[1:]  # of each unit's first token, and behind its last
         is_last = is_last or self._has_enough()
         jobs: list[ShardJob] = []
         start = manifest.tokens
@@ -282,7 +284,9 @@ class StagedBuild:
             if not is_last and stop + 1 > total:
                 break
             ends_all = is_last and stop == total and not self._has_enough()
-            jobs.append(self._shard_job(manifest, index, (start, stop), numbers, ends_all=ends_all))
+            jobs.append(
+                self._shard_job(manifest, index, (start, stop), numbers, ends, ends_all=ends_all)
+            )
             start = stop
         made = dict(self.engine.map(pack_shard, jobs))
         for job in jobs:
@@ -300,17 +304,16 @@ class StagedBuild:
         index: int,
         place: tuple[int, int],
         numbers: list[int],
+        ends: list[int],
         *,
         ends_all: bool,
     ) -> ShardJob:
         """The job of tokens place[0] to place[1], with the units from the one that holds the token
         before them to that of the last one. ends_all: nothing comes after."""
         start, stop = place
-        ends = [number + record.tokens for number, record in zip(numbers, self.units, strict=True)]
         begin = 0 if start == 0 else int(np.searchsorted(ends, start))
         end = len(ends) if ends_all else int(np.searchsorted(ends, stop)) + 1
         units = tuple(zip(numbers[begin:end], self.units[begin:end], strict=True))
-        first = None if start == 0 else self._position(units[0], start)
         return ShardJob(
             self.folder,
             self.scratch,
@@ -320,20 +323,8 @@ class StagedBuild:
             start,
             stop,
             units,
-            first,
             ends_all,
         )
-
-    def _position(self, numbered: tuple[int, UnitRecord], token: int) -> Position:
-        """Where token number `token` comes from, said as what of the document before it is used."""
-        number, record = numbered
-        batch = read_scratch(self.scratch, record)
-        ends = np.cumsum(batch.counts)
-        last = int(np.searchsorted(ends, token - number))
-        used = token - number - int(ends[last]) + int(batch.counts[last])
-        offset = None if batch.offsets is None else int(batch.offsets[last])
-        row = (record.unit.first_row or 0) + int(batch.rows[last])
-        return Position(record.unit.file, row, used, offset)
 
     def _drop_packed(self, packed: int) -> None:
         """Remove the units before the one that holds the last token in a shard."""
