@@ -21,6 +21,7 @@ from pretrain.errors import lasting_output, program
 from pretrain.flags import AMOUNT, COUNT, REAL, parse
 from pretrain.tokens.engines import ENGINES
 from pretrain.tokens.interruption import stopped_by_signals
+from pretrain.tokens.manifest import ENDINGS
 
 if TYPE_CHECKING:
     from pretrain.tokens.command import Request
@@ -137,7 +138,7 @@ def add_shard_flags(add: Callable[..., Any]) -> None:
     )
     add(
         "--format",
-        choices=("npy", "bin"),
+        choices=ENDINGS,
         help="of the shards: NumPy files, or .bin as llm.c and modded-nanogpt read them; "
         "train_gpt2.py takes either (default: npy)",
     )

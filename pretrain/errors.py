@@ -21,9 +21,7 @@ from typing import Any
 class UserError(Exception):
     """What its user can mend: the message is one line that says what, where and the way out."""
 
-    on_all_ranks = (
-        False  # whether every rank of a torchrun raises the same: then one of them says it
-    )
+    on_all_ranks = False  # whether every rank of a torchrun raises the same: then one says it
 
 
 class CheckpointError(UserError):

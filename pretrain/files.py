@@ -142,6 +142,24 @@ def lock(path: str | Path, problem: str, *, wait_seconds: float = 0) -> Iterator
         held.release()
 
 
+def is_locked(path: str | Path) -> bool | None:
+    """Whether a process holds the lock of a file; None where there is none, or where the system
+    cannot tell. It is in nobody's way: its own lock is shared, and let go of at once."""
+    try:
+        import fcntl
+
+        if not Path(path).is_file():  # opening a pipe of that name could wait for ever
+            return None
+        with open(path, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+    except (ImportError, OSError):
+        return None
+
+
 def sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes. Raises OSError."""
     with open(path, "rb") as file:

@@ -9,7 +9,6 @@ its message lacks the file's name, which the caller knows. What the system says 
 """
 
 import errno
-import inspect
 import io
 import json
 import os
@@ -24,9 +23,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pretrain import files
 from pretrain.errors import UserError, first_line
 
 BEST, FINAL = "best_val_loss.pt", "final_model.pt"  # in the folder of a run
@@ -72,10 +70,10 @@ def model_file(path: str | Path) -> Path:
     return found
 
 
-def source_sha256(model: nn.Module) -> str:
-    """SHA-256 of the source file that defines a model's class: another file may compute otherwise
-    with the same weights. Raises OSError."""
-    return files.sha256(inspect.getfile(type(model)))
+def is_huggingface(folder: Path) -> bool:
+    """Whether a folder holds weights as Hugging Face's libraries save them."""
+    names = (SAFETENSORS, SHARDS, PICKLE, PICKLES)
+    return any((folder / name).is_file() for name in names)
 
 
 # ---- torch.save's files

@@ -54,7 +54,7 @@ def open_model(
 
     path = Path(name) if name is not None else checkpoint or DEFAULT_CHECKPOINT
     with user_errors():
-        if _is_huggingface(path) or (name is not None and not _is_ours(path)):
+        if weights.is_huggingface(path) or (name is not None and not _is_ours(path)):
             if (problem := foreign_vocabulary(path)) and not any_tokenizer:
                 raise ModelUnavailable(
                     f"{path}: {problem}, and texts would reach it as the wrong tokens; use its own"
@@ -73,12 +73,6 @@ def open_model(
             f" {VOCAB_SIZE}"
         )
     return model, about | {"parameters": model.num_parameters()}
-
-
-def _is_huggingface(path: Path) -> bool:
-    """Whether a folder holds weights as Hugging Face's libraries save them."""
-    names = (weights.SAFETENSORS, weights.SHARDS, weights.PICKLE)
-    return any((path / name).is_file() for name in names)
 
 
 def _is_ours(path: Path) -> bool:

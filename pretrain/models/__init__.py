@@ -52,7 +52,7 @@ def load(path: str | Path) -> tuple[Any, dict[str, Any]]:
     """(model in eval mode on the CPU, the checkpoint: {} for weights alone) of a checkpoint, of a
     run's folder, or of a folder in Hugging Face's format. Raises CheckpointError, OSError."""
     with _named(path):
-        if _is_huggingface(Path(path)):
+        if weights.is_huggingface(Path(path)):
             sizes, state = layouts.read_huggingface(path)
             return build("gpt2", sizes, state), {}
         saved = layouts.read_any(weights.model_file(path))
@@ -65,7 +65,7 @@ def from_pretrained(name_or_folder: str | Path, dropout: float = 0.0) -> Any:
     takes; in eval mode on the CPU. Raises model.CheckpointError, OSError."""
     path = Path(name_or_folder)
     with _named(name_or_folder):
-        if path.is_file() or (_is_run(path) and not _is_huggingface(path)):
+        if path.is_file() or (_is_run(path) and not weights.is_huggingface(path)):
             saved = layouts.read_any(weights.model_file(path))
             architecture, config, state = layouts.described(saved)
         else:
@@ -84,11 +84,6 @@ def _named(source: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{source}: no such file") from None
     except Damaged as error:
         raise CheckpointError(f"{source}: {error}") from None
-
-
-def _is_huggingface(path: Path) -> bool:
-    names = (weights.SAFETENSORS, weights.SHARDS, weights.PICKLE, weights.PICKLES)
-    return any((path / name).is_file() for name in names)
 
 
 def _is_run(path: Path) -> bool:

@@ -16,16 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from pretrain import files
 from pretrain.errors import UserError, first_line
 from pretrain.report.runlog import FILE_NAME, last_per_step, read_log
 from pretrain.report.schema import Record, clean, flat, is_regular, loads, number, text
 
 __all__ = ["Record", "Run", "RunError", "column", "number", "smooth", "task_results"]
-QUIET_SECONDS = (
-    600.0  # without a new line a run is only called dead after this and 5 times its longest silence
-)
-
-
+# Without a new line a run is only called dead after this, and 5 times its longest silence.
+QUIET_SECONDS = 600.0
 LOCK = ".lock"  # train_gpt2.py holds it while it runs
 
 
@@ -142,7 +140,7 @@ class Run:
         if self.stop is not None:
             reason = str(self.stop.get("reason", "stopped"))
             return f"{'stopped by ' * reason.startswith('signal')}{reason}{resumed}"
-        if (is_held := lock_is_held(self.folder / LOCK)) is not None:
+        if (is_held := files.is_locked(self.folder / LOCK)) is not None:
             return (
                 f"still going{resumed}" if is_held else f"interrupted: its process is gone{resumed}"
             )
@@ -155,25 +153,6 @@ class Run:
     @property
     def stop(self) -> Record | None:
         return self.records[-1] if self.records[-1].get("event") == "stop" else None
-
-
-def lock_is_held(path: Path) -> bool | None:
-    """Whether a process holds the lock that a run keeps in its folder; None where there is none, or
-    where the system cannot tell."""
-    try:
-        import fcntl
-
-        if not is_regular(path):
-            return None
-        with open(path, "rb") as file:
-            try:
-                # Shared, and let go of at once: it is in nobody's way.
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
-    except (ImportError, OSError):
-        return None
 
 
 def column(records: list[Record], key: str) -> np.ndarray:

@@ -22,7 +22,6 @@ from pretrain.tokens.manifest import NAME_PATTERN, ShardError
 
 TOKEN = np.dtype("<u2")
 BARE_PATTERN = re.compile(r"(?P<split>val|train)\.bin")
-FORMATS = ("npy", "bin")  # that fineweb.py writes
 
 BIN_MAGIC, BIN_VERSION = 20240520, 1
 # What others' .bin files begin with that hold no GPT-2 tokens (llm.c's llmc/ and dev/data/).

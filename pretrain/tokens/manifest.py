@@ -25,7 +25,10 @@ FORMAT = 1  # of the manifest
 LARGEST_BYTES = 128 << 20  # of a manifest: all of FineWeb in shards of 100 million takes 60 MB
 LARGEST = 2**63 - 1
 SPLITS = ("val", "train")
-NAME_PATTERN = re.compile(r"(?P<name>.+)_(?P<split>val|train)_(?P<index>\d+)\.(?P<ending>npy|bin)")
+ENDINGS = ("npy", "bin")  # NumPy's format and llm.c's: see formats.py
+NAME_PATTERN = re.compile(
+    rf"(?P<name>.+)_(?P<split>val|train)_(?P<index>\d+)\.(?P<ending>{'|'.join(ENDINGS)})"
+)
 
 
 class ShardError(UserError, ValueError):
@@ -228,7 +231,7 @@ SETTINGS: dict[str, Check] = {
     "val_tokens": COUNT,
     "val_fraction": _is_share,
     "max_tokens": COUNT,
-    "format": lambda value: value in ("npy", "bin"),
+    "format": lambda value: value in ENDINGS,
     **dict.fromkeys(("text_column", "dataset", "name", "split", "revision"), _is_text),
 }
 TOKENIZER: dict[str, Check] = {

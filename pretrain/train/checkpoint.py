@@ -24,9 +24,10 @@ import torch
 from pretrain import files, weights
 from pretrain.errors import CheckpointError, first_line
 from pretrain.train.schema import problem_in
+from pretrain.weights import BEST, FINAL
 
 FORMAT = 1
-BEST, RESUME, FINAL = "best_val_loss.pt", "resume.pt", "final_model.pt"
+RESUME = "resume.pt"
 # What a save that was killed leaves behind. Anything else with a dot and .tmp is somebody's own.
 LEFTOVER = re.compile(r"\.(.+\.pt|config\.json)\.tmp")
 # Flags that decide what a run trains, and on what.
@@ -37,7 +38,7 @@ SHAPING = (
 )
 
 
-class Damaged(CheckpointError):
+class DamagedCheckpoint(CheckpointError):
     """The system hands the file out, and what it holds is no good: others may take its place."""
 
 
@@ -53,17 +54,15 @@ def iter_name(step: int, val_loss: float) -> str:
 def model_file(path: Path) -> Path:
     """The file to read when somebody names this path: in the folder of a run its best checkpoint.
     Raises CheckpointError when nothing is there."""
-    if path.is_dir():
-        found = next((path / name for name in (BEST, FINAL) if (path / name).is_file()), None)
-        if found is None:
-            raise CheckpointError(f"{path}: neither {BEST} nor {FINAL} in this folder")
-        return found
     if not path.exists():
         raise CheckpointError(
             f"{path}: no such file; train a model with train_gpt2.py, name another file with"
             " --checkpoint, or take a published model with --model gpt2"
         )
-    return path
+    try:
+        return weights.model_file(path)
+    except weights.Damaged:
+        raise CheckpointError(f"{path}: neither {BEST} nor {FINAL} in this folder") from None
 
 
 def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -111,15 +110,15 @@ def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
 
     Nothing in the file is executed. verify: read all of it and compare the checksum that torch.save
     stored with each tensor, at 1 to 2 GB/s; torch.load alone does not notice a flipped bit. Raises
-    Damaged for what is cut short, hostile or not a checkpoint of this program, Unreadable for what
-    the system does not hand out, both CheckpointError.
+    DamagedCheckpoint for what is cut short, hostile or not a checkpoint of this program, Unreadable
+    for what the system does not hand out, both CheckpointError.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(f"{path}: not a file")
         checkpoint = weights.read(path, verify=verify)
     except weights.Damaged as error:
-        raise Damaged(f"{path}: {error}") from None
+        raise DamagedCheckpoint(f"{path}: {error}") from None
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
@@ -129,7 +128,7 @@ def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
             " away to go on without it"
         ) from None
     if problem := problem_in(checkpoint, FORMAT):
-        raise Damaged(f"{path}: {problem}")
+        raise DamagedCheckpoint(f"{path}: {problem}")
     return checkpoint
 
 
@@ -149,7 +148,7 @@ def newest(
     for path in by_step:
         try:
             checkpoint = load(path)
-        except Damaged as error:
+        except DamagedCheckpoint as error:
             failures[path] = str(error)
             continue
         for failure in failures.values():
@@ -272,7 +271,7 @@ def contents(out_dir: str | Path) -> tuple[dict[Path, dict[str, Any]], dict[Path
                 continue  # a folder, say, that somebody keeps here
         try:
             checkpoint = load(path, verify=False)
-        except Damaged as error:
+        except DamagedCheckpoint as error:
             failures[path] = str(error)
             continue
         if "optimizer" in checkpoint:
