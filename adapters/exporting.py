@@ -1,8 +1,10 @@
 """The folder of an export: whole and compared with the model, or not there.
 
-with new_export("my-gpt2") as temporary:        # takes the name when the block ends
-    ...
-    compare_logits(model, temporary, "float32", "my-gpt2")
+    with new_export("my-gpt2") as temporary:        # takes the name when the block ends
+        ...
+        compare_logits(model, temporary, "float32", "my-gpt2")
+
+A name is never that of half an export, and never that of a model which computes something else.
 """
 
 import contextlib

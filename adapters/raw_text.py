@@ -1,7 +1,9 @@
 """Raw text as the Hugging Face course prepares it: chunks of equal length, cut from each document.
 
-chunks = text_chunks(load_text(["input.txt"]), build_tokenizer(128), 128)
-train, val = split_chunks(chunks)
+    chunks = text_chunks(load_text(["input.txt"]), build_tokenizer(128), 128)
+    train, val = split_chunks(chunks)
+
+Chunks do not overlap, and what is shorter at a document's end is left out.
 """
 
 from collections.abc import Sequence

@@ -1,12 +1,15 @@
 """What a user can mend, said in one line, by every program in the same way.
 
-class ShardError(UserError): ...
-raise ShardError(f"{path}: cut short; rebuild it with fineweb.py")
+    class ShardError(UserError): ...
+    raise ShardError(f"{path}: cut short; rebuild it with fineweb.py")
 
-def main(argv=None) -> int:
-    with program("fineweb.py") as outcome:
-        outcome.status = run(argv)
-    return outcome.status       # 1 after "fineweb.py: error: ..." on stderr
+    def main(argv=None) -> int:
+        with program("fineweb.py") as outcome:
+            outcome.status = run(argv)
+        return outcome.status       # 1 after "fineweb.py: error: ..." on stderr
+
+An exception that is no UserError, no OSError and no lack of memory is a fault of ours, and keeps
+its traceback.
 """
 
 import contextlib

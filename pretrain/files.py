@@ -1,9 +1,11 @@
 """Files that are whole or not there, and locks that end with their process.
 
-with atomic_write(path) as file:        # binary; under its name only once it is on the disk
-    file.write(data)
-with lock(folder / ".lock", "another process is writing here"):
-    ...
+    with atomic_write(path) as file:        # binary; under its name only once it is on the disk
+        file.write(data)
+    with lock(folder / ".lock", "another process is writing here"):
+        ...
+
+Nothing else in the project renames into place, syncs or locks.
 """
 
 import contextlib

@@ -1,6 +1,8 @@
 """What hellaswag.py says and writes of a result: the lines on the screen, and two files.
 
-print(report_lines(result, model=about, data=describe(path), settings=settings))
+    print(report_lines(result, model=about, data=describe(path), settings=settings))
+
+Both files are whole or not there.
 """
 
 import json

@@ -1,8 +1,10 @@
 """What a run shows while it trains: a bar on a terminal, a line now and then elsewhere.
 
-console = Console(max_iters=5000, step=0)
-console.train(record)          # a "train" record of the run log
-console.say("step 250/5000 | val loss ...")
+    console = Console(max_iters=5000, step=0)
+    console.train(record)          # a "train" record of the run log
+    console.say("step 250/5000 | val loss ...")
+
+Whatever happens to the terminal, a run goes on: its log has every number that is shown here.
 """
 
 import contextlib

@@ -1,8 +1,10 @@
 """The stored bytes of a source's files: opened, watched for changes, decompressed.
 
-with open_file(file, patience) as stored:
-    stream = decompressed(stored, file)     # read(n) gives n bytes, fewer only at the end
-check_unchanged(file)
+    with open_file(file, patience) as stored:
+        stream = decompressed(stored, file)     # read(n) gives n bytes, fewer only at the end
+    check_unchanged(file)
+
+What the system refuses is said in its own words; what changed while it was read ends the reading.
 """
 
 import functools

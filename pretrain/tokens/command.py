@@ -1,6 +1,8 @@
 """What fineweb.py does once its flags are understood: plan, build, say what came of it; verify.
 
-status = run(Request(source=("input.txt",), settings=Settings()))
+    status = run(Request(source=("input.txt",), settings=Settings()))
+
+fineweb.py itself parses flags and returns the status.
 """
 
 import contextlib

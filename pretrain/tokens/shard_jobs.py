@@ -1,6 +1,8 @@
 """One shard, packed from the units that overlap it, by any worker and in any order.
 
-shard, behind = pack_shard(job)      # what the manifest says of it, and where the next begins
+    shard, behind = pack_shard(job)      # what the manifest says of it, and where the next begins
+
+A shard depends on its units alone, so that one made twice has the same bytes.
 """
 
 from dataclasses import dataclass, replace

@@ -1,6 +1,8 @@
 """What a checkpoint must look like: the one place that checks what others may have written.
 
-problem_in({"format": 1, "step": -3}, format=1)     # "its step is -3, not a whole number ..."
+    problem_in({"format": 1, "step": -3}, format=1)     # "its step is -3, not a whole number ..."
+
+A checkpoint that passes has the names and kinds of values that the rest of the program relies on.
 """
 
 import math

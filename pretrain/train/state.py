@@ -1,9 +1,11 @@
 """What a run has come to: weights, moments, and the numbers that go with them.
 
-state = TrainState(model, optimizer, scaler)
-state.load_state_dict(saved)        # a checkpoint, or what Run found
-state.step += 1
-torch.save(state.state_dict(), ...)
+    state = TrainState(model, optimizer, scaler)
+    state.load_state_dict(saved)        # a checkpoint, or what Run found
+    state.step += 1
+    torch.save(state.state_dict(), ...)
+
+What does not change while a run goes on is in its settings.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from tiny_runs import flags, initial_model, logged, plain_loop, validation_loss, write_shards
+from tiny_runs import flags, initial_model, logged, plain_loop, validation_loss
 
 from adapters import accelerate_loop
 from model import GPT
@@ -21,11 +21,6 @@ ROOT = Path(__file__).parents[2]
 def alone():
     """Accelerate as if no other test had configured it."""
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shards(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 from accelerate.state import AcceleratorState
-from tiny_runs import flags, logged, write_shards
+from tiny_runs import flags, logged
 
 import train_gpt2
 from adapters import accelerate_loop, hf_trainer, lightning_module
@@ -19,11 +19,6 @@ CHANGES = {
     "eval_interval": 10,
     "n_layer": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shards(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from tiny_runs import flags, initial_model, logged, plain_loop, validation_loss, write_shards
+from tiny_runs import flags, initial_model, logged, plain_loop, validation_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from upload_hub import UploadHub
 
@@ -34,11 +34,6 @@ def alone(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shards(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,6 @@ def alone(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shards(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def run(data_dir, tmp_path_factory):
     """The folder of a finished run on shards."""
     out_dir = tmp_path_factory.mktemp("run")

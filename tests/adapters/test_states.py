@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny_runs import flags, logged, write_shards
+from tiny_runs import flags, logged
 from transformers import TrainingArguments
 
 from adapters import accelerate_loop, hf_trainer, lightning_module, states
@@ -34,11 +34,6 @@ def alone(monkeypatch):
     """No network, and Accelerate as if no other test had configured it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_shards(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
