@@ -68,13 +68,16 @@ from pretrain.weights import Damaged
 
 __all__ = ["checkpoints", "load_checkpoint", "main"]
 Windows = dict[str, tuple[TokenWindows, np.ndarray]]
+LESS_MEMORY = (
+    "a smaller --batch_size with more --gradient_accumulation_steps, or --gradient_checkpointing"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     settings = from_command_line(argv)
     if settings is None:
         return 2
-    with program("train_gpt2.py", is_first_rank, less_memory="a smaller --batch_size") as outcome:
+    with program("train_gpt2.py", is_first_rank, less_memory=LESS_MEMORY) as outcome:
         ranks = Ranks.start(settings.device)
         try:
             outcome.status = train(settings, ranks)
