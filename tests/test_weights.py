@@ -478,7 +478,9 @@ def test_no_more_open_files_while_torch_opens_it_is_not_called_damage(tmp_path, 
     opened, plain_load = [], torch.load
 
     def load(*args, **kwargs):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, limit[1]))
+        lowest_free = os.dup(0)  # what the next file would get: numbers below it are all taken
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limit[1]))
         opened.append(1)
         return plain_load(*args, **kwargs)
 

@@ -65,23 +65,23 @@ class RayEngine:
             import ray
         except ImportError:
             raise RayError(f"--engine ray: Ray is not installed; {INSTALL}") from None
-        # Ray's own lines stay in its logs: a build has one progress bar.
-        os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         options: dict[str, Any] = {
+            # Ray's own lines stay in its logs: a build has one progress bar.
             "log_to_driver": False,
             "logging_level": logging.ERROR,
-            "include_dashboard": False,
+            # Without one Ray would join a cluster that RAY_ADDRESS names or this machine has.
+            "address": address or "local",
             "runtime_env": _same_code(is_remote=address is not None),
         }
         if address is None:
-            options |= {"num_cpus": num_cpus}
-        else:
-            options |= {"address": address}
-            options.pop("include_dashboard")
+            options |= {"num_cpus": num_cpus, "include_dashboard": False}
         try:
             _reach(address)
             ray.init(**options)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            if address is None:
+                problem = first_line(error)
+                raise RayError(f"--engine ray: no cluster starts here: {problem}") from None
             raise RayError(
                 f"--ray_address {address}: no cluster there ({first_line(error)}); start one with "
                 "`ray start --head`, or leave --ray_address out for one on this machine"
