@@ -112,7 +112,8 @@ def add_document_flags(add: Callable[..., Any]) -> None:
         nargs="+",
         metavar="PATH",
         help="local files, folders, patterns instead of a dataset: .parquet; .jsonl; .txt, cut in "
-        "documents at lines <|endoftext|>; the last two also as .gz and .zst",
+        "documents at lines <|endoftext|>; the last two also as .gz and .zst; PATH#COLUMN where "
+        "the text is in another column or key than --text_column",
     )
     add("--text_column", default="text", help="column or key with the text (default: %(default)s)")
     add(

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import first_line
 from pretrain.text import folders, foreign
+from pretrain.text.columns import Chosen, split
 from pretrain.text.readers import READABLE, format_of, reader_of
 from pretrain.text.source import (
     UNREADABLE_FILE,
@@ -76,7 +77,11 @@ HASHED_BYTES = 1 << 30  # of a source: so much is hashed whole, a second's work
 
 
 def local_source(
-    paths: Sequence[str | os.PathLike], *, text_column: str = "text", on_bad_document: str = "stop"
+    paths: Sequence[str | os.PathLike],
+    *,
+    text_column: str = "text",
+    on_bad_document: str = "stop",
+    columns: Sequence[str | None] | None = None,
 ) -> Source:
     """Files, folders and glob patterns (with ** for any depth), in the order given, each file once.
 
@@ -85,17 +90,26 @@ def local_source(
     followed; names that begin with "." or "_" are left out. Raises SourceError for what does not
     exist or cannot be read; with on_bad_document="skip" an unreadable file or folder among others
     is a file of the source that read_unit leaves out and counts.
+
+    PATH#COLUMN names the text's column in these files alone; `columns`: they are known, one for
+    each path (None: text_column), and paths are taken as they are.
     """
-    files: dict[str, File] = {}  # by real path
+    named = [split(path) for path in paths]
+    if columns is not None:
+        named = [(os.fspath(path), column) for path, column in zip(paths, columns, strict=True)]
+    chosen = Chosen()
     edges: dict[str, str | None] = {}
-    for given in paths:
-        for found in folders.find(os.fspath(given)):
+    for given, column in named:
+        for found in folders.find(given):
             file, edge = _local_file(found)
+            if column and file.kind == "txt" and os.path.isfile(given):
+                raise SourceError(f"{given}: plain text has no columns; leave out #{column}")
             if file.problem and on_bad_document == "stop":
                 raise SourceError(f"{file.path}: {file.problem} {LEAVE_OUT_FILES}")
             real = os.path.normcase(os.path.realpath(file.path))
-            if files.setdefault(real, file) is file:
+            if chosen.add(real, file, column if column != text_column else None):
                 edges[file.path] = edge
+    files = chosen.files
     if all(file.problem for file in files.values()):
         file = next(iter(files.values()))
         raise SourceError(f"{file.path}: {file.problem}, and nothing else is there to be read")
@@ -104,11 +118,14 @@ def local_source(
     for file in files.values():
         entry = {"path": file.path, "size": file.size, "edges_sha256": edges[file.path]}
         described.append(entry | {"mtime_ns": file.mtime_ns})
+        if file.column:
+            described[-1]["text_column"] = file.column
         left -= file.size
         if left >= 0 and not file.problem:
             described[-1]["sha256"] = _sha256(file)
     description = {"kind": "local", "text_column": text_column, "files": described}
-    return Source(folders.name_of(paths), tuple(files.values()), text_column, description)
+    name = folders.name_of([path for path, _ in named])
+    return Source(name, tuple(files.values()), text_column, description, Patience(), chosen.notes())
 
 
 def _local_file(found: folders.Found) -> tuple[File, str | None]:
@@ -156,11 +173,14 @@ def changed_files(recorded: Sequence[dict], source: Source) -> list[str]:
         else:
             same = all(before.get(key) == now[key] for key in ("size", "edges_sha256"))
         what = "changed" if not same else None
+        if before.get("text_column") != now.get("text_column"):
+            was, is_now = (each.get("text_column") or "--text_column" for each in (before, now))
+            what = f"is read by {is_now}, was read by {was}"
         touched = same and before.get("mtime_ns") not in (None, now.get("mtime_ns"))
-        if touched and before.get("sha256") is None:
+        if what is None and touched and before.get("sha256") is None:
             what = "was written to since, and is too large for its content to be compared"
             what += f" (touch -d @{before['mtime_ns'] / 1e9:.9f} says that it is the same)"
-        elif touched and before["sha256"] != _sha256(file):
+        elif what is None and touched and before["sha256"] != _sha256(file):
             what = "changed in its middle"
         if what:
             problems.append(f"{now['path']} {what}")

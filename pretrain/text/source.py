@@ -66,6 +66,7 @@ class File:
     url: str | None = field(default=None, repr=False)  # HF_ENDPOINT can hold a password
     mtime_ns: int | None = None  # modification time of a local file when the source was made
     problem: str | None = None  # why nothing of it can be read
+    column: str | None = None  # with its text, where that is not the source's
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class Source:
     text_column: str
     description: dict  # JSON, for the manifest: equal descriptions mean equal documents
     patience: Patience = field(default_factory=Patience)
+    notes: tuple[str, ...] = ()  # for people, of what was given
+
+    def column_of(self, file: File) -> str:
+        """The column or key that holds the file's text."""
+        return file.column or self.text_column
 
 
 @dataclass(frozen=True)

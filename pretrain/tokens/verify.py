@@ -150,7 +150,9 @@ def reopen_source(manifest: Manifest, patience: Patience | None = None) -> Sourc
         if gone:
             raise SourceError(f"{gone[0]}: no such file")
         return local_source(
-            [file["path"] for file in there["files"]], text_column=there["text_column"]
+            [file["path"] for file in there["files"]],
+            text_column=there["text_column"],
+            columns=[file.get("text_column") for file in there["files"]],
         )
     return hub_source(
         there["dataset"],

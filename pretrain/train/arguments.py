@@ -75,7 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
              "its own epochs; validation losses are reported for each source and, as val, weighted "
              "by the shares of that step")
     add("--data", nargs="+", metavar="PATH",
-        help="one's own text instead: files, folders or patterns as for fineweb.py --source. Their "
+        help="one's own text instead: files, folders or patterns as for fineweb.py --source, with "
+             "PATH#COLUMN where the text is not in the column or key text. Their "
              "shards go to OUT_DIR/data: the first tenth of the tokens for validation, the rest "
              "for training. A folder of shards is taken as it is")
     add("--stride", type=AMOUNT, default=0, metavar="N",

@@ -34,7 +34,8 @@ def read(
     source: Source, unit: Unit, stored: Any, *, skip_rows: int, report: Report
 ) -> Iterator[Batch]:
     """The lines that begin in the unit, without the first `skip_rows` of them."""
-    stop = None if source.files[unit.file].compression else unit.stop
+    file = source.files[unit.file]
+    stop = None if file.compression else unit.stop
     blocks = unit_blocks(source, unit, stored, before=1)
     row = 0
     for begin, block in line_blocks(blocks, unit.start, stop):
@@ -52,7 +53,7 @@ def read(
             block = b"\n".join(lines)
         if lines:
             known = offsets if stop is not None else None
-            yield _batch(block, lines, rows, known, column=source.text_column, report=report)
+            yield _batch(block, lines, rows, known, column=source.column_of(file), report=report)
 
 
 def line_blocks(
