@@ -5,11 +5,11 @@
     $ python benchmarks/recipe.py --data_dir data/fineweb
 
 Classic: model.GPT with AdamW, warmup and cosine, at the best of three learning rates for the first
-seed, which the other seeds then use. Modern:
-pretrain/models/modern.py with Muon and the trapezoid, the settings of configs/modern-small.yaml as
-they are, in runs of a sixth, a quarter and a third of the updates; a run's schedule ends with it,
-so each is a run of its own. Both see the same windows in the same order and are evaluated on the same
-ones. Between two lengths of modern runs the loss is interpolated over the logarithm of tokens.
+seed, which the other seeds then use. Modern: pretrain/models/modern.py with Muon and the trapezoid,
+the settings of configs/modern-small.yaml as they are, in runs of a sixth, a quarter and a third of
+the updates; a run's schedule ends with it, so each is a run of its own. Both see the same windows
+in the same order and are evaluated on the same ones. Between two lengths of modern runs the loss is
+interpolated over the logarithm of tokens.
 
 Speed is measured apart: updates of both in turn, so that whatever slows the machine slows both; the
 ratio is the median over pairs. Time to equal loss is then the ratio of tokens times that of speed.
