@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from free_port import free_port
 from tiny_runs import logged
@@ -46,7 +47,7 @@ def run_on(folders, *flags):
     ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     agents = [
-        subprocess.Popen(command, cwd=folder, env=environment(), **pipes) for folder in folders
+        forked.Popen(command, cwd=folder, env=environment(), **pipes) for folder in folders
     ]
     try:
         outputs = [agent.communicate(timeout=200) for agent in agents]
