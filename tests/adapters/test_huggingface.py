@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from upload_hub import UploadHub
@@ -380,9 +381,7 @@ def push(tmp_path_factory):
             "NO_PROXY": "127.0.0.1",
         }
         command = [sys.executable, "-m", "adapters.huggingface", "push", *map(str, argv)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, check=False
-        )
+        done = forked.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
         assert token not in done.stdout + done.stderr
         return done
 
