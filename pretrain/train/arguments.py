@@ -158,6 +158,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="updates between saves of resume.pt (%(default)s: by time only)")
     add("--checkpoint_minutes", type=REAL, default=15, metavar="M",
         help="minutes between saves of resume.pt (%(default)s; 0: never)")
+    add("--async_save", action=switch, default=True,
+        help="write checkpoints behind training, from a copy in main memory as large as the file; "
+             "else training waits for the disk (on)")
     add("--log_interval", type=COUNT, default=10, metavar="N",
         help="updates between log lines (%(default)s)")
     add("--tensorboard", action=switch, default=False,

@@ -109,6 +109,7 @@ class TrainSettings:
     keep_checkpoints: int
     checkpoint_interval: int
     checkpoint_minutes: float
+    async_save: bool
     log_interval: int
     tensorboard: bool
     wandb: bool
