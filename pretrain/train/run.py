@@ -98,7 +98,7 @@ class Run:
             self.ranks.on_first(self._lock)
         self.path = self.ranks.on_first(self._find)
         if self.path:
-            self.saved = read_on_first(self.ranks, self._load)
+            self.saved = read_on_first(self.ranks, self._load, whole=not settings.is_sharded)
         elif settings.resume == "auto":
             self.ranks.together(self._refuse_run_elsewhere)
 

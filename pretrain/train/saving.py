@@ -27,6 +27,7 @@ from pretrain.report.runlog import RunLog
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.best import Record
 from pretrain.train.checkpoint import CheckpointError
+from pretrain.train.parallel import whole
 from pretrain.train.settings import TrainSettings
 from pretrain.train.state import TrainState
 
@@ -72,12 +73,6 @@ class Snapshot:
                 raise MemoryError(str(error)) from None
             self._buffers[path] = buffer
         return buffer
-
-
-@torch.no_grad()
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each rank has a part, on each of them; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 class Saver:

@@ -102,6 +102,8 @@ class TrainSettings:
     device: str
     dtype: str
     compile: bool | None
+    parallel: str
+    reshard_after_forward: bool
     gradient_checkpointing: bool
     # run
     out_dir: str
@@ -131,6 +133,10 @@ class TrainSettings:
         sizes = {"model", "n_layer", "n_head", "n_embd", "bias", "block_size"}
         anew = self.init_from == "scratch" and not self.eval_only
         return sizes if anew else sizes & self.given
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.parallel == "fsdp" and self.world_size > 1
 
     @property
     def is_evaluated(self) -> bool:
