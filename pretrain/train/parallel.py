@@ -32,12 +32,17 @@ from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.settings import TrainSettings
 
 
+def is_sharded(settings: TrainSettings) -> bool:
+    """Whether a rank has a part of the model; one alone has all of it."""
+    return settings.parallel == "fsdp" and settings.world_size > 1
+
+
 def placed(
     make: Callable[[], Any], settings: TrainSettings, ranks: Ranks, dtype: torch.dtype
 ) -> Any:
     """The model that `make` returns, to train, on its device or in parts on all of them. What make
     raises on any rank is raised on every rank. dtype: of the computation."""
-    if not settings.is_sharded:
+    if not is_sharded(settings):
         return ranks.together(make).train().to(ranks.device)
     made: list[Any] = []  # of rank 0
     ranks.on_first(lambda: made.append(make()))
@@ -57,7 +62,7 @@ def wrapped(
     if is_compiled and (problem := distributed.compiler_problem(ranks.device)):
         warn(f"--compile left out: {problem}")
         is_compiled = False
-    if settings.is_sharded:
+    if is_sharded(settings):
         if is_compiled:
             compile_blocks(model)
         return model, is_compiled
