@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pretrain.distributed import pick_dtype
 from pretrain.errors import UserError
@@ -180,25 +181,46 @@ class Muon(torch.optim.Muon):
         has_complex = super()._init_group(group, *whole)
         for tensors, pieces in zip((params, grads, momenta), whole, strict=True):
             for tensor in pieces:  # views: writing to them is writing to the parameter
-                tensors += tensor.split(group["rows"]) if group.get("rows") else [tensor]
+                cut = group.get("rows") and not isinstance(tensor, DTensor)
+                tensors += tensor.split(group["rows"]) if cut else [tensor]
         return has_complex
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """torch's own step where the device computes in bfloat16, as that one always does. A CPU
-        that does not would take 25 times as long as in float32, most of an update's time."""
-        if all(_computes_in_bfloat16(p.device) for g in self.param_groups for p in g["params"]):
+        that does not would take 25 times as long as in float32, most of an update's time. A sharded
+        matrix is made whole on every rank, one after the other: the work of one process."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        is_sharded = any(isinstance(p, DTensor) for p in parameters)
+        if not is_sharded and all(_computes_in_bfloat16(p.device) for p in parameters):
             return super().step(closure)
         for group in self.param_groups:
             pieces: tuple[list[Tensor], ...] = ([], [], [])
             self._init_group(group, *pieces)
             for parameter, gradient, momentum in zip(*pieces, strict=True):
                 momentum.lerp_(gradient, 1 - group["momentum"])
-                update = orthogonalized(gradient.lerp(momentum, group["momentum"]), group)
+                blend = gradient.lerp(momentum, group["momentum"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                if isinstance(parameter, DTensor):
+                    parameter.add_(_sharded_update(blend, group), alpha=-group["lr"])
+                    continue
+                update = orthogonalized(blend, group)
                 longer = max(1.0, parameter.size(0) / parameter.size(1)) ** 0.5
                 parameter.add_(update, alpha=-group["lr"] * longer)
         return None
+
+
+def _sharded_update(blend: DTensor, group: dict[str, Any]) -> DTensor:
+    """A rank's part of what is subtracted from a sharded parameter, but for the learning rate."""
+    dtype = torch.bfloat16 if _computes_in_bfloat16(blend.device) else blend.dtype
+    updates = []
+    for matrix in blend.full_tensor().split(group.get("rows") or len(blend)):
+        longer = max(1.0, matrix.size(0) / matrix.size(1)) ** 0.5
+        updates.append(orthogonalized(matrix.to(dtype), group).to(blend.dtype) * longer)
+    # Every rank has computed all of it: nothing has to travel.
+    return distribute_tensor(
+        torch.cat(updates), blend.device_mesh, blend.placements, src_data_rank=None
+    )
 
 
 def orthogonalized(matrix: Tensor, settings: dict[str, Any]) -> Tensor:
