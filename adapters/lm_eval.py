@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_flags(parser)
     # fmt: off
     add = parser.add_argument_group("tasks").add_argument
-    add("--tasks", required=True, metavar="NAME,NAME",
+    add("--tasks", default="", metavar="NAME,NAME",
         help="tasks or groups of the harness, such as hellaswag,lambada_openai,arc_easy,piqa")
     add("--include_path", type=Path, metavar="DIR",
         help="a folder with further tasks as the harness's YAML files, which may name local data")
@@ -218,21 +218,23 @@ def run(args: argparse.Namespace) -> None:
         score_one(args, harness, args.checkpoint)
 
 
-def check(args: argparse.Namespace) -> str | None:
-    """What contradicts itself among the flags."""
+def problems_of(args: argparse.Namespace) -> list[str]:
+    """What is missing or contradicts itself among the flags."""
+    found = [] if args.tasks else ["--tasks: name at least one, such as hellaswag,piqa"]
     if args.follow and (args.checkpoint is None or not (args.checkpoint / FILE_NAME).is_file()):
-        return "--follow: --checkpoint must name the folder of a run, which has a " + FILE_NAME
-    if args.include_path and not args.include_path.is_dir():
-        return f"--include_path {args.include_path}: no such folder"
-    if args.output and not args.output.is_dir():
-        return f"--output {args.output}: no such folder"
-    return None
+        found.append(f"--follow: --checkpoint must name the folder of a run, with a {FILE_NAME}")
+    for name in ("include_path", "output"):
+        folder = getattr(args, name)
+        if folder and not folder.is_dir():
+            found.append(f"--{name} {folder}: no such folder")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_or_exit(build_parser(), argv)
-    if problem := check(args):
-        say(PROGRAM, problem)
+    if problems := problems_of(args):
+        for problem in problems:
+            say(PROGRAM, problem)
         return 2
     with program(PROGRAM, less_memory="a smaller --batch_tokens") as outcome:
         run(args)
