@@ -36,7 +36,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -47,27 +46,22 @@ from pretrain.distributed import Ranks, seed_dropout
 from pretrain.eval import validation
 from pretrain.eval.sampling import TrainingSamples
 from pretrain.eval.tasks import HellaSwag, Task
-from pretrain.report.runlog import scores_block
+from pretrain.eval.validation import Windows, evaluated_windows
+from pretrain.report.runlog import Measured, scores_block
 from pretrain.tokens.owntext import prepare
-from pretrain.tokens.shards import data_fingerprint, find_shards
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError
+from pretrain.train.data import TrainingData
 from pretrain.train.describe import describe
 from pretrain.train.keytokens import key_token_weights, load_key_tokens
-from pretrain.train.loader import (
-    ShardLoader,
-    TokenWindows,
-    refuse_different_data,
-    verify_data,
-)
+from pretrain.train.loader import BatchLoader
 from pretrain.train.optim import SCHEDULES, make_optimizer
-from pretrain.train.run import Measured, Run
+from pretrain.train.run import Run
 from pretrain.train.state import TrainState, read_on_first
 from pretrain.train.stopping import FiniteGuard
 from pretrain.weights import Damaged
 
 __all__ = ["checkpoints", "load_checkpoint", "main"]
-Windows = dict[str, tuple[TokenWindows, np.ndarray]]
 LESS_MEMORY = (
     "a smaller --batch_size with more --gradient_accumulation_steps, or --gradient_checkpointing"
 )
@@ -200,7 +194,7 @@ def build_model(settings: TrainSettings, weights: dict[str, Any], where: str) ->
         raise CheckpointError(f"{where}: {error}") from None
 
 
-def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[ShardLoader, Windows]:
+def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[BatchLoader, Windows]:
     """The batches to train on, and by name the windows that evaluations look at, with their
     numbers. The run's settings learn what follows from the data: where it lies, and how many
     updates --epochs are."""
@@ -211,11 +205,10 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[ShardLoader, 
     # Each node may have a disk of its own: its processes share out what lies there.
     here = ranks.node_ranks
     place, count = here.index(ranks.rank), len(here)
-    ranks.together(verify_data, settings.data_dir, settings.verify_data, place, count)
-    fingerprints = ranks.gather(ranks.together(data_fingerprint, settings.data_dir))
-    ranks.together(refuse_different_data, settings.data_dir, fingerprints)
-    loader = ShardLoader(
-        find_shards(settings.data_dir, "train"),
+    data = TrainingData(settings.data_dir)
+    ranks.together(data.verify, settings.verify_data, place, count)
+    ranks.together(data.refuse_different, ranks.gather(ranks.together(data.fingerprints)))
+    loader = data.loader(
         batch_size=settings.batch_size,
         block_size=block_size,
         accumulation_steps=settings.micro_steps(block_size),
@@ -227,33 +220,32 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[ShardLoader, 
         vocab_size=vocab_size,
         pin_memory=ranks.device.type == "cuda",
     )
-    run.settings = with_length(settings, loader.steps_per_epoch)
+    run.settings, run.loader = with_length(settings, loader.steps_per_epoch), loader
     if not settings.is_evaluated:
         return loader, {}
-    shards, count = find_shards(settings.data_dir, "val"), settings.eval_iters * settings.batch_size
-    val = TokenWindows(shards, block_size=block_size, vocab_size=vocab_size)
-    return loader, {
-        "val": (val, validation.first(val, count)),
-        "train": (loader.windows, validation.spread(loader.windows, count)),
-    }
+    if left := settings.val_tokens % block_size:
+        run.warn(
+            f"--val_tokens {settings.val_tokens:,}: scored are {settings.val_tokens - left:,}, the"
+            f" whole windows of {block_size} in them"
+        )
+    return loader, evaluated_windows(settings, data, loader, vocab_size)
 
 
-def identity_of(settings: TrainSettings, model: GPT, loader: ShardLoader) -> dict[str, Any]:
+def identity_of(settings: TrainSettings, model: GPT, loader: BatchLoader) -> dict[str, Any]:
     """What no part of a run may change."""
     names = ("n_layer", "n_head", "n_embd", "bias")
     sizes = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
     asked = {name: getattr(settings, name) for name in sizes if name in settings.asked_sizes}
-    windows = loader.windows
     is_asked = "model" in settings.asked_sizes
     return {
         "model": settings.model if is_asked else models.architecture_of(model),
         "optimizer": settings.optimizer,
         **sizes,
         **asked,
-        "block_size": windows.block_size,
-        "stride": windows.stride,
-        "tokens per update": loader.global_batch * windows.block_size,
-        "data": data_fingerprint(settings.data_dir)[:16],
+        "block_size": loader.block_size,
+        "stride": loader.stride,
+        "tokens per update": loader.global_batch * loader.block_size,
+        **TrainingData(settings.data_dir).identity(),
         "seed": settings.seed,
         "shuffle": settings.shuffle,
     }
@@ -281,6 +273,7 @@ def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
             autocast=autocast,
             interrupted=is_set,
         )
+        scores = validation.weighted(scores, run.shares())
         summaries = {
             task.name: task.score(model, dtype=dtype, ranks=ranks, interrupted=is_set)
             for task in tasks
@@ -354,7 +347,7 @@ def weigher(run: Run) -> Callable[[Tensor], Tensor | None]:
     return lambda inputs: key_token_weights(inputs, key_tokens, settings.key_token_alpha)
 
 
-def begin(run: Run, state: TrainState, loader: ShardLoader, windows: Windows) -> Any:
+def begin(run: Run, state: TrainState, loader: BatchLoader, windows: Windows) -> Any:
     """Bring the state to where the run goes on, and say what is about to happen. Returns the model
     as updates call it; None where nothing is left to do."""
     settings, model = run.settings, state.model

@@ -30,25 +30,25 @@ from pretrain import __version__, distributed, files
 from pretrain.distributed import Ranks
 from pretrain.errors import lasting_output
 from pretrain.report.console import Console
-from pretrain.report.runlog import RunLog, Stopwatch, eval_line, perplexity, start_block
+from pretrain.report.runlog import Measured, RunLog, Stopwatch, eval_line, eval_values, start_block
 from pretrain.report.trackers import open_trackers
 from pretrain.train import best
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError
+from pretrain.train.loader import BatchLoader
 from pretrain.train.schema import problem_in_continued
 from pretrain.train.settings import TrainSettings, changed_flags, warnings_of
 from pretrain.train.state import TrainState, read_on_first, source_of, source_problem
 from pretrain.train.stopping import NotFinite, StopSignal
 
 T = TypeVar("T")
-# Loss and accuracy by set of windows, and the summaries of tasks by their names.
-Measured = tuple[dict[str, dict[str, float]], dict[str, Any]]
 
 
 class Run:
     """See the top of the file. Attributes: settings, ranks, out_dir, saved, state, signal."""
 
     state: TrainState
+    loader: BatchLoader  # once the data is open
 
     def __init__(self, settings: TrainSettings, ranks: Ranks):
         self.settings, self.ranks = settings, ranks
@@ -263,15 +263,9 @@ class Run:
         val, train = scores["val"], scores["train"]
         before, state.record = state.record, state.record.after(state.step, val["loss"])
         state.last_eval_step, state.loss, state.val_loss = state.step, train["loss"], val["loss"]
-        record = self._write(
-            "eval",
-            train_loss=state.loss,
-            val_loss=state.val_loss,
-            best_val_loss=state.record.best_val_loss,
-            perplexity=perplexity(state.val_loss),
-            **{name: val[name] for name in ("accuracy", "bits_per_byte") if name in val},
-            **({"tasks": tasks} if tasks else {}),
-        )
+        progress = self.loader.progress(state.step)
+        values = eval_values((scores, tasks), progress, is_counted=bool(settings.val_tokens))
+        record = self._write("eval", best_val_loss=state.record.best_val_loss, **values)
         self.say(eval_line(record, settings.max_iters))
         if not self._save_evaluation():
             state.record = before  # what no file holds is no record
@@ -335,6 +329,7 @@ class Run:
         speed = steps * setup["tokens_per_step"] / seconds  # tokens per second
         flops_per_token = state.model.flops_per_token(setup["run"]["block_size"])
         flops, peak = speed * flops_per_token / self.ranks.world_size, setup["peak_flops"]
+        sources = self.loader.progress(state.step)
         record = self._write(
             "train",
             loss=state.loss,
@@ -345,14 +340,19 @@ class Run:
             milliseconds_per_step=1000 * seconds / steps,
             mfu=flops / peak if peak else None,
             memory_bytes=distributed.peak_memory(self.ranks.device),
+            **({"sources": sources} if sources else {}),
         )
         if self.console:
             self.console.train(record)
 
+    def shares(self) -> dict[str, float]:
+        """What each source of a mixture has of the batch that comes next."""
+        step = self.saved["step"] if self.saved else self.state.step if self.log else 0
+        return self.loader.shares(step)
+
     def _write(self, event: str, **values: Any) -> dict[str, Any]:
         assert self.log
-        step = self.state.step
-        tokens = step * self.setup["tokens_per_step"]
+        step, tokens = self.state.step, self.state.step * self.setup["tokens_per_step"]
         return self.log.write(event, step=step, tokens=tokens, **values)
 
     # ---- saving and ending
