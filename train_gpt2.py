@@ -38,7 +38,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, load_checkpoint
 from pretrain import distributed, models
@@ -50,6 +49,7 @@ from pretrain.eval.validation import Windows, evaluated_windows
 from pretrain.report.runlog import Measured, scores_block
 from pretrain.tokens.owntext import prepare
 from pretrain.train import checkpoint as checkpoints
+from pretrain.train import parallel
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.data import TrainingData
 from pretrain.train.describe import describe
@@ -114,7 +114,8 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
                     break
                 # Dropout by step and micro-batch: a resumed run has no generator states to restore.
                 seed_dropout(settings.seed, state.step, micro_step * ranks.world_size + ranks.rank)
-                # Gradients are exchanged in the last backward alone; DDP asks in forward.
+                # DDP exchanges gradients in the last backward alone, and asks in forward; fsdp in
+                # each, as no rank could hold them whole.
                 if ranks.world_size > 1:
                     forward.require_backward_grad_sync = micro_step == len(x) - 1
                 with autocast:
@@ -126,7 +127,8 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
             if run.signal:
                 break  # nothing of this step is in the weights: it is made anew by the next run
             scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+            grad_norm = parallel.whole(norm)
             guard.check(state.step, loss, grad_norm)
             scaler.step(optimizer)
             scaler.update()
@@ -144,17 +146,19 @@ def initial_model(run: Run) -> tuple[GPT, int]:
     torch.manual_seed(settings.seed)
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
+    make: Callable[[], Any]
     if run.saved:
-        model = ranks.together(build_model, settings, run.saved, str(run.path))
+        make = partial(build_model, settings, run.saved, str(run.path))
     elif settings.init_from != "scratch":
-        weights = read_on_first(ranks, lambda: read_weights(settings))
-        model = ranks.together(build_model, settings, weights, settings.init_from)
+        weights = read_on_first(
+            ranks, lambda: read_weights(settings), whole=not parallel.is_sharded(settings)
+        )
+        make = partial(build_model, settings, weights, settings.init_from)
     else:
         new_model, config = models.ARCHITECTURES[settings.model].load()
         sizes = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
-        values = {name: getattr(settings, name) for name in sizes}
-        model = ranks.together(new_model, config(**values))
-    model = model.train().to(ranks.device)
+        make = partial(new_model, config(**{name: getattr(settings, name) for name in sizes}))
+    model = parallel.placed(make, settings, ranks, precision(run)[0])
     model.gradient_checkpointing = settings.gradient_checkpointing
     asked = "block_size" in settings.asked_sizes
     return model, settings.block_size if asked else model.config.block_size
@@ -263,6 +267,7 @@ def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
         wait = None if settings.eval_only else 2.0
         tasks.append(HellaSwag(settings.hellaswag_data, limit, wait_seconds=wait))
 
+    @parallel.gathered(model)
     def measure() -> Measured:
         is_set = run.stop.is_set
         scores = validation.evaluate(
@@ -294,9 +299,15 @@ def sampler(run: Run, model: GPT) -> Callable[[], dict[str, Any] | None]:
     settings, autocast = run.settings, precision(run)[1]
     samples = TrainingSamples(settings.sample_prompt, settings.sample_tokens, settings.seed)
 
+    def told_to_stop() -> bool:
+        """On any rank, where each token is a call of all of them."""
+        is_set = run.stop.is_set()
+        return bool(run.ranks.sum(is_set)[0]) if parallel.is_sharded(settings) else is_set
+
+    @parallel.gathered(model)
     def sample() -> dict[str, Any] | None:
         with autocast:
-            text = samples.write(model, run.stop.is_set)
+            text = samples.write(model, told_to_stop)
         return None if text is None else {"prompt": samples.prompt, "text": text}
 
     return sample
@@ -355,7 +366,7 @@ def begin(run: Run, state: TrainState, loader: BatchLoader, windows: Windows) ->
     run.restore(settings, state, identity, models.architecture_of(model))
     if run.was_finished():
         return None
-    forward, is_compiled = wrapped(run, model)
+    forward, is_compiled = parallel.wrapped(model, settings, run.ranks, run.warn)
     setup = describe(
         settings, model, loader, identity=identity, ranks=run.ranks, dtype=precision(run)[0]
     )
@@ -367,20 +378,6 @@ def begin(run: Run, state: TrainState, loader: BatchLoader, windows: Windows) ->
     measure = evaluation(run, model, windows) if windows else None
     run.start(setup, measure, sampler(run, model))
     return forward
-
-
-def wrapped(run: Run, model: GPT) -> tuple[Any, bool]:
-    """The model as updates call it, compiled and with its gradients exchanged between ranks where
-    that is wanted and possible, and whether it is compiled."""
-    device, is_wanted = run.ranks.device, run.settings.compile
-    is_compiled = device.type == "cuda" if is_wanted is None else is_wanted
-    if is_compiled and (problem := distributed.compiler_problem(device)):
-        run.warn(f"--compile left out: {problem}")
-        is_compiled = False
-    forward: Any = torch.compile(model) if is_compiled else model
-    if run.ranks.world_size > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    return forward, is_compiled
 
 
 if __name__ == "__main__":

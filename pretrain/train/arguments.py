@@ -9,6 +9,7 @@ from pretrain.train.mixture import is_mixture
 
 MODELS = ("gpt2", "modern")  # pretrain.models.ARCHITECTURES, named without loading torch
 OPTIMIZERS, SCHEDULES = ("adamw", "muon"), ("cosine", "trapezoid")  # those of pretrain.train.optim
+PARALLEL = ("ddp", "fsdp")
 
 # A flag on the command line puts these of a --config file out of force.
 OVERRIDES = {
@@ -169,6 +170,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action=switch, default=None,
         help="torch.compile: a minute at the start, then faster steps; on a CPU it needs a C++ "
              "compiler (on for cuda)")
+    add("--parallel", choices=PARALLEL, default="ddp",
+        help="several processes: ddp, a whole model on each, or fsdp, of weights, gradients and "
+             "moments a part on each, for what does not fit one GPU (%(default)s)")
+    add("--reshard_after_forward", action=switch, default=True,
+        help="fsdp gathers a block's weights twice, for forward and for backward; else they stay "
+             "whole in between: more memory, less traffic (on)")
     add("--gradient_checkpointing", action=switch, default=False,
         help="recompute activations: much less memory, a third more time (off)")
     add = parser.add_argument_group("run").add_argument
@@ -184,6 +191,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="updates between saves of resume.pt (%(default)s: by time only)")
     add("--checkpoint_minutes", type=REAL, default=15, metavar="M",
         help="minutes between saves of resume.pt (%(default)s; 0: never)")
+    add("--async_save", action=switch, default=True,
+        help="write checkpoints behind training, from a copy in main memory as large as the file; "
+             "else training waits for the disk (on)")
     add("--log_interval", type=COUNT, default=10, metavar="N",
         help="updates between log lines (%(default)s)")
     add("--tensorboard", action=switch, default=False,

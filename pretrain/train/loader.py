@@ -203,7 +203,9 @@ class BatchLoader:
         """batch(step), batch(step + 1), ... without end, on the device, made ahead by a thread.
         Close the iterator (contextlib.closing) to end the thread. What goes wrong in the thread is
         raised here."""
-        steps = max(1, READ_AHEAD_TOKENS // (self._share.size * self.shape[-1]))  # made at a time
+        steps = READ_AHEAD_TOKENS // (self._share.size * self.shape[-1])  # made at a time
+        # A text of some pages has thousands of epochs in so many tokens: one of them is enough.
+        steps = max(1, min(steps, len(self.windows) // self.global_batch))
         # One made and one in the making is enough: the thread is faster than any training.
         made: queue.Queue = queue.Queue(maxsize=2)
         closed = threading.Event()

@@ -104,6 +104,8 @@ class TrainSettings:
     device: str
     dtype: str
     compile: bool | None
+    parallel: str
+    reshard_after_forward: bool
     gradient_checkpointing: bool
     # run
     out_dir: str
@@ -111,6 +113,7 @@ class TrainSettings:
     keep_checkpoints: int
     checkpoint_interval: int
     checkpoint_minutes: float
+    async_save: bool
     log_interval: int
     tensorboard: bool
     wandb: bool
