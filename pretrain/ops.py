@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Linear", "linear", "linear_cross_entropy", "score_head", "soft_capped", "token_losses"]
+__all__ = [
+    "Linear",
+    "linear",
+    "linear_cross_entropy",
+    "losses_and_likeliest",
+    "score_head",
+    "soft_capped",
+    "token_losses",
+]
 
 
 class Linear(nn.Linear):
@@ -113,6 +121,13 @@ def score_head(
     The scoring twin of linear_cross_entropy, with its arguments; without gradients.
     """
     head = _head(weight, _padded(bias, len(weight)), vocab_size, soft_cap)
+    return losses_and_likeliest(head, hidden, targets)
+
+
+def losses_and_likeliest(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What token_losses returns, and the likeliest tokens, int64 (N,)."""
     losses, likeliest = [], []
     for logits, target in _logits_in_parts(head, hidden, targets):
         losses.append(F.cross_entropy(logits, target, ignore_index=-1, reduction="none"))

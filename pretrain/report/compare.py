@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.report.known import title
-from pretrain.report.runs import Run, column, number, task_results
+from pretrain.report.runs import Run, column, headline, number, task_results
 
 # Settings that differ between any two runs and tell nothing of them.
 OWN = ("out_dir", "resumed_from", "config", "resume", "git_revision", "git_changed", "data_dir")
@@ -71,7 +71,8 @@ def _of_best(name: str) -> Callable[[Run], float]:
 def _of_task(key: tuple[str, str]) -> Callable[[Run], float]:
     def last(run: Run) -> float:
         results = task_results(run).get(key)
-        return number(results[-1][1]["acc_norm"]) if results else math.nan
+        found = headline(results[-1][1]) if results else None
+        return found[1] if found else math.nan
 
     return last
 

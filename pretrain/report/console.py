@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pretrain.errors import release_stdout
-from pretrain.report.runlog import train_line
+from pretrain.report.runlog import duration, train_line
 
 SAMPLE_CHARACTERS = 200  # of a sample on the console; metrics.jsonl has all of it
 
@@ -27,6 +27,7 @@ class Console:
     def __init__(self, max_iters: int, step: int, *, enabled: bool = True):
         """enabled=False shows nothing: for all ranks but the first."""
         self.enabled, self.max_iters = enabled, max_iters
+        self._is_estimated = False
         self.bar = tqdm(
             total=max_iters,
             initial=step,
@@ -58,6 +59,7 @@ class Console:
             return
         if self.bar.disable:
             self.say(train_line(record, self.max_iters))
+            self._estimate(record)
             return
         mfu = "" if record.get("mfu") is None else f", mfu {record['mfu']:.1%}"
         state = f"loss {record['loss']:.4f}, norm {record['grad_norm']:.2f}"
@@ -68,6 +70,18 @@ class Console:
             self.bar.update(record["step"] - self.bar.n)
         except (OSError, ValueError):
             self._fall_silent()
+
+    def _estimate(self, record: dict[str, Any]) -> None:
+        """Once, where no bar shows it: how long the rest takes at the speed of the first line."""
+        left = self.max_iters - record["step"]
+        if self._is_estimated or left <= 0:
+            return
+        self._is_estimated = True
+        seconds = left * record["milliseconds_per_step"] / 1000
+        self.say(
+            f"about {duration(seconds)} for the other {left:,} updates at this speed, and the"
+            " evaluations besides"
+        )
 
     def sample(self, record: dict[str, Any]) -> None:
         """The beginning of a "sample" record's text, on one line."""

@@ -22,7 +22,8 @@ from pretrain.report.compare import compare, seeds
 from pretrain.report.drawing import COLORS, Plot, compact_number, darkened, to_svg
 from pretrain.report.findings import MIN_POINTS, Finding
 from pretrain.report.known import title
-from pretrain.report.runs import Record, Run, column, number, smooth, task_results
+from pretrain.report.runlog import duration
+from pretrain.report.runs import Record, Run, column, headline, number, smooth, task_results
 
 # No script runs, nothing is loaded.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -103,12 +104,11 @@ def key_figures(run: Run) -> list[Figure]:
     )
     for (task, scoring), results in task_results(run).items():
         last_step, result = results[-1]
-        note = f"acc_norm at step {last_step:,}"
+        metric, value = headline(result) or ("acc_norm", math.nan)
+        note = f"{metric} at step {last_step:,}"
         if math.isfinite(count := number(result.get("n"))):
             note += f", {count:,.0f} examples"
-        figures.append(
-            Figure(f"{title(task)}, {scoring}", f"{100 * number(result['acc_norm']):.2f} %", note)
-        )
+        figures.append(Figure(f"{title(task)}, {scoring}", f"{100 * value:.2f} %", note))
     rate = column(run.train, "tokens_per_second")
     share = column(run.train, "mfu")
     note = (
@@ -119,20 +119,6 @@ def key_figures(run: Run) -> list[Figure]:
         Figure("Tokens/s", f"{np.nanmedian(rate):,.0f}" if np.isfinite(rate).any() else "–", note)
     )
     return figures
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    for size, unit, small, small_unit in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit} {int(seconds % size // small)} {small_unit}"
-    raise AssertionError(seconds)
 
 
 def _resumed_note(run: Run) -> str:

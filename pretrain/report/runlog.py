@@ -293,6 +293,20 @@ def contexts_cut(result: dict[str, Any]) -> str:
     return f"{result['truncated']:,} endings had their context cut to fit into the model"
 
 
+def duration(seconds: float) -> str:
+    """12 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    for size, unit, small, small_unit in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} {int(seconds % size // small)} {small_unit}"
+    raise AssertionError(seconds)
+
+
 def train_line(record: dict[str, Any], max_iters: int) -> str:
     """The console's line of a "train" record.
 
