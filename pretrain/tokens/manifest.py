@@ -241,6 +241,7 @@ TOKENIZER: dict[str, Check] = {
 }
 SOURCES: dict[str, dict[str, Check]] = {
     "local": {"text_column": _is_text, "files": _is_list},
+    "stored": {"text_column": _is_text, "files": _is_list},
     "hub": {
         **dict.fromkeys(("dataset", "config", "split", "commit", "text_column"), _is_text),
         "files": _is_list,

@@ -99,7 +99,7 @@ def without_files_below(folder: Path, source: Source, paths: Sequence[str | Path
         lineage = {(real := _real(path)), *real.parents}
         return not lineage & {*own} or bool(lineage & {*inside})
 
-    staying = [stays(file.path) for file in source.files]
+    staying = [file.url is not None or stays(file.path) for file in source.files]
     if all(staying):
         return source
     if not any(staying):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.errors import first_line
+from pretrain.text.addresses import is_address
 from pretrain.text.documents import (
     Patience,
     Position,
@@ -144,14 +145,13 @@ def reopen_source(manifest: Manifest, patience: Patience | None = None) -> Sourc
     there = manifest.source
     if missing := {"kind", "text_column", "files"} - {key for key in there if there[key]}:
         raise SourceError(f"{MANIFEST} does not record {', '.join(sorted(missing))} of its source")
-    if there["kind"] == "local":
+    if there["kind"] in ("local", "stored"):
+        paths = [file["path"] for file in there["files"]]
         # A folder in the place of a file could be any large one.
-        gone = [file["path"] for file in there["files"] if not os.path.isfile(file["path"])]
+        gone = [path for path in paths if not is_address(path) and not os.path.isfile(path)]
         if gone:
             raise SourceError(f"{gone[0]}: no such file")
-        return local_source(
-            [file["path"] for file in there["files"]], text_column=there["text_column"]
-        )
+        return local_source(paths, text_column=there["text_column"], patience=patience)
     return hub_source(
         there["dataset"],
         name=there["config"],
