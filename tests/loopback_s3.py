@@ -10,7 +10,8 @@
     fail_every=N, status    every Nth request is answered with that status
     cut_every=N             every Nth body ends in its middle, though its full length was declared
     stall_every=N           every Nth body stops in its middle and the connection stays open
-    down=True               every connection is closed without an answer
+    down=N                  every Nth connection is closed without an answer, and nothing is done
+    lose_every=N            every Nth request is done, and its connection closed without an answer
     match=REGEX             only requests whose "METHOD /path" it finds count
 
 `before` is called with "METHOD /path" before each request is passed on, to act between two of a
@@ -136,6 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
             client.request(self.command, self.path, body, dict(self.headers))
             response = client.getresponse()
             content = response.read()
+        if fault == "lose_every":
+            self.close_connection = True
+            return
         self._answer(response.status, response.getheaders(), content, fault)
 
     do_PUT = do_POST = do_DELETE = do_HEAD = do_GET

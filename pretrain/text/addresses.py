@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from pretrain.text import stores
 from pretrain.text.ranges import Fault, Waiting
 from pretrain.text.readers import NAMED_ONLY, READABLE, format_of
-from pretrain.text.source import File, Patience, SourceError
+from pretrain.text.source import DRIVERS, File, Patience, SourceError
 
 if TYPE_CHECKING:
     from pretrain.text.hub import Repository
@@ -46,8 +46,8 @@ def refuse_unknown(address: str, known: Iterable[str], what: str) -> None:
     scheme, _, rest = address.partition("://")
     if scheme not in known:
         raise SourceError(f"{address}: no scheme that is known here; {what}")
-    if scheme in stores.DRIVERS and re.match(r"[^/@]*:[^/]*@", rest):
-        where = stores.WHERE[stores.DRIVERS[scheme]]
+    if scheme in DRIVERS and re.match(r"[^/@]*:[^/]*@", rest):
+        where = stores.WHERE[DRIVERS[scheme]]
         raise SourceError(f"{address}: no address of a store has a password in it; set {where}")
 
 
@@ -55,7 +55,7 @@ def find(given: str, patience: Patience) -> list[File]:
     """The files of one address, in the order of their names. Raises SourceError for what does not
     exist, may not be read, or has no file in it that can be read."""
     scheme = given.partition("://")[0]
-    known = (*stores.DRIVERS, "hf", "http", "https")
+    known = (*DRIVERS, "hf", "http", "https")
     refuse_unknown(given, known, f"known are {KNOWN}; a file on this machine is given by its path")
     if scheme == "hf":
         files = _in_dataset(given, patience)
@@ -225,7 +225,7 @@ def _tree(
 
 
 def _behind_http(given: str, patience: Patience) -> list[File]:
-    path = urlsplit(given).path
+    path = urlsplit(given).path.lstrip("/")
     urls: list[str] = [given]
     if glob.has_magic(path):
         folder = urlunsplit(urlsplit(given)._replace(path=f"{fixed_folder(path)}/", query=""))
@@ -239,7 +239,7 @@ def _behind_http(given: str, patience: Patience) -> list[File]:
 def _links(page: str, patience: Patience) -> dict[str, str]:
     """The addresses that a page and the pages below it link to, by their paths."""
     found = stores.listing(page, patience)
-    return {unquote(urlsplit(entry.address).path): entry.address for entry in found}
+    return {unquote(urlsplit(entry.address).path).lstrip("/"): entry.address for entry in found}
 
 
 def _behind_url(url: str, patience: Patience) -> File:

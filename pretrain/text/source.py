@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 Report = Callable[[int, int | None, str], None]
 
 
+# Schemes of object stores, and the package that reads each, which fsspec imports.
+DRIVERS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+}
 UNREADABLE_FILE = "unreadable file"  # the reason in Batch.skipped for a file left out as a whole
 
 

@@ -13,7 +13,7 @@ import stat
 import zlib
 from typing import Any
 
-from pretrain.text.source import File, Patience, SourceError
+from pretrain.text.source import DRIVERS, File, Patience, SourceError
 
 CHUNK = 1 << 16  # stored bytes of a .gz file that are decompressed at a time
 HEAD = 1 << 10  # bytes from which foreign files are recognized
@@ -43,8 +43,6 @@ def _open_elsewhere(file: File, url: str, patience: Patience) -> Any:
 
 def is_stored(url: str | None) -> bool:
     """Whether an address is of an object store."""
-    from pretrain.text.stores import DRIVERS
-
     return (url or "").partition("://")[0] in DRIVERS
 
 

@@ -10,6 +10,7 @@ are found by the driver, in the store's own usual places. Only `_once` and below
 """
 
 import functools
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -19,19 +20,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pretrain.errors import first_line
+from pretrain.files import atomic_write
 from pretrain.text.ranges import Body, Fault, RangeFile, Waiting, cause
-from pretrain.text.source import Patience, SourceError
+from pretrain.text.source import DRIVERS, Patience, SourceError
 
-# The package that reads a scheme, which fsspec imports.
-DRIVERS = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-}
 INSTALL = "pip install -r requirements-stores.txt"
 WHERE = {
     "s3fs": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, `aws configure`, or FSSPEC_S3_ANON=true "
@@ -39,6 +31,7 @@ WHERE = {
     "gcsfs": "`gcloud auth application-default login`, or FSSPEC_GS_TOKEN=anon for a public bucket",
     "adlfs": "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME with a key",
 }
+COPIED = 1 << 20  # bytes at a time
 PIECE = 8 << 20  # bytes of a request: what a cut body can cost
 ONE_REQUEST = 256 << 20  # objects up to twice as large go in one request, others in parts
 SLOWEST = 1_000_000  # bytes a second of an upload that is waited for
@@ -99,6 +92,18 @@ def read(address: str, patience: Patience | None = None) -> tuple[bytes, Entry]:
     entry = look(address, patience)
     with StoreFile(address, entry.size, patience or Patience()) as file:
         return file.read(), entry
+
+
+def download(address: str, path: Path, patience: Patience | None = None) -> str:
+    """An object as a file, whole or not there. Returns its SHA-256 in hexadecimal. Raises Missing,
+    SourceError, OSError."""
+    size, digest = look(address, patience).size, hashlib.sha256()
+    with StoreFile(address, size, patience or Patience()) as file, atomic_write(path) as written:
+        file.expect([(0, size)])
+        while block := file.read(COPIED):
+            digest.update(block)
+            written.write(block)
+    return digest.hexdigest()
 
 
 def upload(path: Path, address: str, patience: Patience | None = None) -> None:

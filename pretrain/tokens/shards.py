@@ -254,8 +254,13 @@ def has_size(path: Path, tokens: int) -> bool:
         size = os.stat(path).st_size
     except FileNotFoundError:
         return False
-    header = shard_header(tokens, path.suffix.removeprefix("."))
-    return path.is_file() and size == len(header) + TOKEN.itemsize * tokens
+    return path.is_file() and size == shard_bytes(path.name, tokens)
+
+
+def shard_bytes(name: str, tokens: int) -> int:
+    """The size of a shard with so many tokens."""
+    header = shard_header(tokens, name.rpartition(".")[2])
+    return len(header) + TOKEN.itemsize * tokens
 
 
 def verify_shard(path: str | Path, expected: Shard | None = None) -> None:

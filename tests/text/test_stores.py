@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import gzip
 import http.server
+import importlib
 import json
 import logging
 import sys
 import threading
 
-import fsspec.registry
 import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -157,7 +157,8 @@ def test_what_cannot_be_found_is_said_in_a_line(bucket, given, message):
 def test_a_driver_that_is_missing_is_named_with_its_install(monkeypatch, scheme, driver):
     monkeypatch.setitem(sys.modules, driver, None)
     monkeypatch.setattr(stores, "_system", stores._system.__wrapped__)  # not the one in use
-    monkeypatch.delitem(fsspec.registry._registry, scheme, raising=False)
+    registry = importlib.import_module("fsspec.registry")
+    monkeypatch.delitem(registry._registry, scheme, raising=False)
     with pytest.raises(SourceError, match=rf"requirements-stores\.txt, or pip install {driver}"):
         source(f"{scheme}://acme/x.txt")
 
