@@ -46,6 +46,10 @@ class Missing(SourceError):
     """There is no such object, or no such bucket."""
 
 
+class Damaged(SourceError):
+    """An object is not what it should be."""
+
+
 class Replaced(SourceError):
     """An object is not the one that was to be replaced."""
 
@@ -94,8 +98,10 @@ def read(address: str, patience: Patience | None = None) -> tuple[bytes, Entry]:
         return file.read(), entry
 
 
-def download(address: str, path: Path, patience: Patience | None = None) -> str:
-    """An object as a file, whole or not there. Returns its SHA-256 in hexadecimal. Raises Missing,
+def download(
+    address: str, path: Path, patience: Patience | None = None, *, sha256: str | None = None
+) -> None:
+    """An object as a file, whole or not there. Raises Missing, Damaged where it has another hash,
     SourceError, OSError."""
     size, digest = look(address, patience).size, hashlib.sha256()
     with StoreFile(address, size, patience or Patience()) as file, atomic_write(path) as written:
@@ -103,7 +109,8 @@ def download(address: str, path: Path, patience: Patience | None = None) -> str:
         while block := file.read(COPIED):
             digest.update(block)
             written.write(block)
-    return digest.hexdigest()
+        if sha256 and digest.hexdigest() != sha256:
+            raise Damaged(f"{address}: its SHA-256 is not the expected one")
 
 
 def upload(path: Path, address: str, patience: Patience | None = None) -> None:

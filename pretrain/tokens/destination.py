@@ -26,9 +26,9 @@ from pretrain.text import stores
 from pretrain.text.addresses import is_address, refuse_unknown
 from pretrain.text.source import DRIVERS, Patience, SourceError
 from pretrain.tokens.folder import BuildRefused, damaged_shards
-from pretrain.tokens.formats import BARE_PATTERN, TOKEN
+from pretrain.tokens.formats import BARE_PATTERN, TOKEN, shard_bytes
 from pretrain.tokens.manifest import LARGEST_BYTES, MANIFEST, NAME_PATTERN, Manifest, Shard
-from pretrain.tokens.shards import ShardError, shard_bytes, verify_shard
+from pretrain.tokens.shards import ShardError, verify_shard
 
 STAGING = Path("data/.stores")  # here shards are made that go elsewhere
 LOCK = ".publishing"
