@@ -207,7 +207,7 @@ class BatchLoader:
         raised here."""
         steps = READ_AHEAD_TOKENS // (self._share.size * self.shape[-1])  # made at a time
         # A text of some pages has thousands of epochs in so many tokens: one of them is enough.
-        steps = max(1, min(steps, len(self.windows) // self.global_batch))
+        steps = max(1, min(steps, int(self.steps_per_epoch)))
         # One made and one in the making is enough: the thread is faster than any training.
         made: queue.Queue = queue.Queue(maxsize=2)
         closed = threading.Event()
