@@ -34,6 +34,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ from pretrain.train import parallel
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.data import TrainingData
 from pretrain.train.describe import describe
+from pretrain.train.folders import local_folders
 from pretrain.train.keytokens import key_token_weights, load_key_tokens
 from pretrain.train.loader import BatchLoader
 from pretrain.train.optim import SCHEDULES, make_optimizer
@@ -206,6 +208,9 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[BatchLoader, 
     if settings.data:
         folder = ranks.on_every_disk(prepare, settings.data, run.out_dir / "data")
         settings = replace(settings, data_dir=str(folder))
+    cache = Path(settings.data_cache), settings.data_cache_gb * 10**9
+    folders = ranks.together(local_folders, settings.data_dir, *cache, block_size)
+    settings = replace(settings, data_dir=folders)
     # Each node may have a disk of its own: its processes share out what lies there.
     here = ranks.node_ranks
     place, count = here.index(ranks.rank), len(here)

@@ -20,3 +20,21 @@ def _quiet_libraries():
         del os.environ["HF_HUB_DISABLE_TELEMETRY"]
     else:
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = before
+
+
+@pytest.fixture(scope="session")
+def _s3_server():
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    from loopback_s3 import LoopbackS3
+
+    with LoopbackS3() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(_s3_server, monkeypatch):
+    """An empty S3 on loopback, which this test's process finds in its environment."""
+    _s3_server.reset()
+    _s3_server.use(monkeypatch)
+    return _s3_server

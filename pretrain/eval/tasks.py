@@ -147,7 +147,7 @@ class HellaSwag(MultipleChoice):
 
     def _download(self) -> None:
         # Its retries are not for the console of a run.
-        logging.getLogger("pretrain.text.remote").setLevel(logging.ERROR)
+        logging.getLogger("pretrain.text.ranges").setLevel(logging.ERROR)
         try:
             ensure_data()
             self._is_here = True

@@ -24,7 +24,7 @@ from pretrain.tokens.estimate import estimate
 from pretrain.tokens.folder import BuildRefused
 from pretrain.tokens.formats import token_files
 from pretrain.tokens.progress import ConsoleProgress
-from pretrain.tokens.shards import MANIFEST, Manifest, open_shard
+from pretrain.tokens.shards import MANIFEST, Manifest, open_shard, shard_tokens
 from pretrain.tokens.tokenizer import Tokenizer
 
 VAL_FRACTION = 0.1
@@ -99,7 +99,7 @@ def without_files_below(folder: Path, source: Source, paths: Sequence[str | Path
         lineage = {(real := _real(path)), *real.parents}
         return not lineage & {*own} or bool(lineage & {*inside})
 
-    staying = [stays(file.path) for file in source.files]
+    staying = [file.url is not None or stays(file.path) for file in source.files]
     if all(staying):
         return source
     if not any(staying):
@@ -162,9 +162,9 @@ def unigram_entropy(paths: Sequence[Path]) -> float | None:
     It is what a model that knows these frequencies and nothing else pays per token there, so a loss
     clearly below it shows that the context is used.
     """
-    shards = [open_shard(path) for path in paths]
-    if sum(map(len, shards)) > COUNTED_TOKENS:
+    if sum(map(shard_tokens, paths)) > COUNTED_TOKENS:
         return None
+    shards = [open_shard(path) for path in paths]
     counts = np.sum([np.bincount(shard, minlength=2**16) for shard in shards], axis=0)
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())

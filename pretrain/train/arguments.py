@@ -75,6 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
              "every update each source has had its share to within one sequence, shuffled through "
              "its own epochs; validation losses are reported for each source and, as val, weighted "
              "by the shares of that step")
+    add("--data_cache", default="data/.cache", metavar="DIR",
+        help="where shards of a --data_dir in a store (s3://bucket/folder, gs://, az://) lie while "
+             "they are needed, for all processes of this machine (%(default)s)")
+    add("--data_cache_gb", type=COUNT, default=100, metavar="GB",
+        help="size of all that --data_cache holds, in 10**9 bytes (%(default)s)")
     add("--data", nargs="+", metavar="PATH",
         help="one's own text instead: files, folders or patterns as for fineweb.py --source. Their "
              "shards go to OUT_DIR/data: the first tenth of the tokens for validation, the rest "

@@ -20,11 +20,11 @@ from pretrain.flags import AMOUNT, COUNT, LARGEST, parse_with_config
 from pretrain.rendezvous import RankError, environment, is_first_rank
 from pretrain.report import trackers
 from pretrain.text.source import SourceError
-from pretrain.tokens.shards import ShardError, find_shards
+from pretrain.tokens.shards import ShardError
 from pretrain.tokens.tokenizer import TokenizerUnavailable
 from pretrain.train.arguments import OVERRIDES, build_parser
+from pretrain.train.folders import check_mixture, find_all
 from pretrain.train.keytokens import KeyTokenError, read_key_tokens
-from pretrain.train.mixture import read_mixture
 
 __all__ = ["AMOUNT", "COUNT", "OVERRIDES", "TrainSettings", "build_parser", "resolve"]
 MOST_SAMPLED = 100_000  # tokens: training waits for them
@@ -63,6 +63,8 @@ class TrainSettings:
     init_from: str
     # data
     data_dir: str | list[str]  # a list: the sources of a mixture
+    data_cache: str
+    data_cache_gb: int
     data: list[str] | None
     stride: int
     shuffle: bool
@@ -364,27 +366,11 @@ def _check_data(settings: TrainSettings) -> list[str]:
                 open_text(data, Path(settings.out_dir))
                 return []
         elif isinstance(settings.data_dir, list):
-            return _check_mixture(settings.data_dir, settings.is_evaluated)
-        _find_all(data[0] if data else settings.data_dir, settings.is_evaluated)
+            return check_mixture(settings.data_dir, settings.is_evaluated)
+        find_all(str(data[0] if data else settings.data_dir), settings.is_evaluated)
     except (SourceError, ShardError) as error:
         return [f"--{'data' if data else 'data_dir'} {error}"]
     return []
-
-
-def _find_all(folder: Any, is_evaluated: bool) -> None:
-    """Raises ShardError where a folder lacks shards that the run needs."""
-    for split in ("train", "val") if is_evaluated else ("train",):
-        find_shards(folder, split)
-
-
-def _check_mixture(words: list[str], is_evaluated: bool) -> list[str]:
-    sources, problems = read_mixture(words)
-    for source in sources:
-        try:
-            _find_all(source.folder, is_evaluated)
-        except ShardError as error:
-            problems.append(f"{source.name}: {error}")
-    return [f"--data_dir {problem}" for problem in problems]
 
 
 def _check_key_tokens(settings: TrainSettings) -> list[str]:
