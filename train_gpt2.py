@@ -62,6 +62,7 @@ from pretrain.train.loader import (
 )
 from pretrain.train.optim import SCHEDULES, make_optimizer
 from pretrain.train.run import Measured, Run
+from pretrain.train.speed import Profile, attention, choose_compiler, residual_dtype
 from pretrain.train.state import TrainState, read_on_first
 from pretrain.train.stopping import FiniteGuard
 from pretrain.weights import Damaged
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(settings: TrainSettings, ranks: Ranks) -> int:
     """The run that the settings describe. Returns the exit status."""
     with Run(settings, ranks) as run:
+        run.enter(attention(settings.attention, ranks.device))
         model, block_size = initial_model(run)
         loader, windows = open_data(run, block_size, model.config.vocab_size)
         if settings.eval_only:
@@ -105,6 +107,7 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
         guard = FiniteGuard(ranks, scaler)
         prefetched: Any = loader.prefetch(state.step, device=ranks.device)
         batches = run.enter(closing(prefetched))
+        profile = run.enter(Profile(settings.profile * ranks.is_first, run.out_dir, run.say))
 
         run.evaluate_if_due()
         while not run.is_over():
@@ -139,6 +142,7 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
             optimizer.zero_grad(set_to_none=True)
             # ----------------------------------------------------------------------------------
             run.advance(loss, grad_norm)
+            profile.step()
             run.evaluate_if_due()
         return run.finish()
 
@@ -162,6 +166,8 @@ def initial_model(run: Run) -> tuple[GPT, int]:
         model = ranks.together(new_model, config(**values))
     model = model.train().to(ranks.device)
     model.gradient_checkpointing = settings.gradient_checkpointing
+    model.residual_dtype = residual_dtype(settings.bfloat16_residual, precision(run)[0])
+    model.head_rows = settings.head_rows
     asked = "block_size" in settings.asked_sizes
     return model, settings.block_size if asked else model.config.block_size
 
@@ -259,11 +265,14 @@ def identity_of(settings: TrainSettings, model: GPT, loader: ShardLoader) -> dic
     }
 
 
-def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
+def evaluation(
+    run: Run, model: GPT, sets: Windows, compiler: Callable[[Any], Any] | None = None
+) -> Callable[[], Measured]:
     """A function that measures the model as it is then. It uses `model`, which is neither compiled
-    nor wrapped: the same weights, and any shape."""
+    nor wrapped: the same weights, and any shape; --compile_eval compiles the loss alone."""
     settings, ranks = run.settings, run.ranks
     dtype, autocast = precision(run)
+    score = compiler(model.score) if compiler and settings.compile_eval else None
     tasks: list[Task] = []
     if sets and settings.hellaswag:
         is_chosen = "hellaswag_limit" in settings.given or ranks.device.type == "cuda"
@@ -280,6 +289,7 @@ def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
             ranks=ranks,
             autocast=autocast,
             interrupted=is_set,
+            score=score,
         )
         summaries = {
             task.name: task.score(model, dtype=dtype, ranks=ranks, interrupted=is_set)
@@ -362,32 +372,28 @@ def begin(run: Run, state: TrainState, loader: ShardLoader, windows: Windows) ->
     run.restore(settings, state, identity, models.architecture_of(model))
     if run.was_finished():
         return None
-    forward, is_compiled = wrapped(run, model)
+    compiler = choose_compiler(settings, run.ranks.device, run.warn)
+    forward = wrapped(run, compiler(model) if compiler else model)
     setup = describe(
         settings, model, loader, identity=identity, ranks=run.ranks, dtype=precision(run)[0]
     )
     setup |= {
-        "compiled": is_compiled,
+        "compiled": compiler is not None,
         "last_learning_rate": schedule(settings)(settings.max_iters - 1),
         "evaluated_windows": {name: len(numbers) for name, (_, numbers) in windows.items()},
     }
-    measure = evaluation(run, model, windows) if windows else None
+    measure = evaluation(run, model, windows, compiler) if windows else None
     run.start(setup, measure, sampler(run, model))
     return forward
 
 
-def wrapped(run: Run, model: GPT) -> tuple[Any, bool]:
-    """The model as updates call it, compiled and with its gradients exchanged between ranks where
-    that is wanted and possible, and whether it is compiled."""
-    device, is_wanted = run.ranks.device, run.settings.compile
-    is_compiled = device.type == "cuda" if is_wanted is None else is_wanted
-    if is_compiled and (problem := distributed.compiler_problem(device)):
-        run.warn(f"--compile left out: {problem}")
-        is_compiled = False
-    forward: Any = torch.compile(model) if is_compiled else model
-    if run.ranks.world_size > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    return forward, is_compiled
+def wrapped(run: Run, forward: Any) -> Any:
+    """The model as updates call it: with its gradients exchanged where there are several ranks."""
+    if run.ranks.world_size == 1:
+        return forward
+    return DistributedDataParallel(
+        forward, gradient_as_bucket_view=True, bucket_cap_mb=run.settings.bucket_cap_mb
+    )
 
 
 if __name__ == "__main__":

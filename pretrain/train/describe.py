@@ -8,6 +8,7 @@ import torch
 
 from pretrain import __version__, distributed
 from pretrain.distributed import Ranks
+from pretrain.hardware import peak_flops
 from pretrain.report.runlog import provenance
 from pretrain.tokens.owntext import unigram_entropy
 from pretrain.tokens.shards import data_fingerprint
@@ -44,6 +45,6 @@ def describe(
         "train_shards": len(loader.windows.paths),
         "train_tokens": loader.windows.num_tokens,
         "unigram_entropy": unigram_entropy(loader.windows.paths),
-        "peak_flops": distributed.peak_flops(name, dtype),
+        "peak_flops": peak_flops(name, dtype),
         **provenance(),
     }

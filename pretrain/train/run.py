@@ -35,6 +35,7 @@ from pretrain.report.trackers import open_trackers
 from pretrain.train import best
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError
+from pretrain.train.costs import Meter, throughput
 from pretrain.train.schema import problem_in_continued
 from pretrain.train.settings import TrainSettings, changed_flags, warnings_of
 from pretrain.train.state import TrainState, read_on_first, source_of, source_problem
@@ -215,6 +216,7 @@ class Run:
         for warning in warnings_of(settings, setup["steps_per_epoch"]):
             self.warn(warning)
         self.log = RunLog(self.out_dir, enabled=self.ranks.is_first)
+        self._meter = Meter(settings.price_per_hour, self.ranks, self.log.path)
         if self.ranks.is_first:
             files.write_json(self.out_dir / "config.json", setup)
             self.log.write("start", step=state.step, resumed_from=self.path, **setup)
@@ -332,19 +334,14 @@ class Run:
         state.loss = self.ranks.sum(loss.item())[0] / self.ranks.world_size
         seconds, steps = self.watch.lap(), state.step - self._lap_step
         self._lap_step = state.step
-        speed = steps * setup["tokens_per_step"] / seconds  # tokens per second
-        flops_per_token = state.model.flops_per_token(setup["run"]["block_size"])
-        flops, peak = speed * flops_per_token / self.ranks.world_size, setup["peak_flops"]
         record = self._write(
             "train",
             loss=state.loss,
             epoch=state.step / setup["steps_per_epoch"],
             learning_rate=state.learning_rate,
             grad_norm=grad_norm.item(),
-            tokens_per_second=speed,
-            milliseconds_per_step=1000 * seconds / steps,
-            mfu=flops / peak if peak else None,
-            memory_bytes=distributed.peak_memory(self.ranks.device),
+            **throughput(state.model, setup, steps, seconds, self.ranks),
+            **self._meter.values(),
         )
         if self.console:
             self.console.train(record)

@@ -102,7 +102,15 @@ class TrainSettings:
     device: str
     dtype: str
     compile: bool | None
+    compile_mode: str
+    compile_eval: bool
     gradient_checkpointing: bool
+    attention: str
+    bfloat16_residual: bool
+    head_rows: int
+    bucket_cap_mb: int
+    profile: int
+    price_per_hour: float
     # run
     out_dir: str
     resume: str
