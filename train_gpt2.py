@@ -48,7 +48,6 @@ from pretrain.eval import validation
 from pretrain.eval.sampling import TrainingSamples
 from pretrain.eval.tasks import HellaSwag, Task
 from pretrain.report.runlog import scores_block
-from pretrain.tokens.owntext import prepare
 from pretrain.tokens.shards import data_fingerprint, find_shards
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError
@@ -212,6 +211,8 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[ShardLoader, 
     updates --epochs are."""
     settings, ranks = run.settings, run.ranks
     if settings.data:
+        from pretrain.tokens.owntext import prepare  # loads pyarrow
+
         folder = ranks.on_every_disk(prepare, settings.data, run.out_dir / "data")
         settings = replace(settings, data_dir=str(folder))
     # Each node may have a disk of its own: its processes share out what lies there.
@@ -391,9 +392,8 @@ def wrapped(run: Run, forward: Any) -> Any:
     """The model as updates call it: with its gradients exchanged where there are several ranks."""
     if run.ranks.world_size == 1:
         return forward
-    return DistributedDataParallel(
-        forward, gradient_as_bucket_view=True, bucket_cap_mb=run.settings.bucket_cap_mb
-    )
+    size = run.settings.bucket_cap_mb
+    return DistributedDataParallel(forward, gradient_as_bucket_view=True, bucket_cap_mb=size)
 
 
 if __name__ == "__main__":

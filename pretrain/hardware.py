@@ -19,10 +19,10 @@ import torch
 # Dense peak TFLOP/s in (bfloat16, float16 with float32 accumulation, float32 as TF32 where there is
 # one). Where a source states figures with sparsity, half of them. From NVIDIA's data sheets: GB200
 # NVL72 and GB300 NVL72 (360 PFLOPS sparse of 72 GPUs), HGX B200 and HGX B300 (36 of 8), GH200,
-# H200, H100, A100, A10, A40, L4, L40, L40S, RTX 6000 Ada, V100, T4; for GeForce cards the architecture
-# whitepapers, appendix A: Ampere GA102, Ada, RTX Blackwell, where float32 accumulation halves what
-# tensor cores do; RTX PRO 6000: NVIDIA RTX Blackwell PRO whitepaper, the Server Edition by its
-# 120 of 126 TFLOP/s in float32; MI300X: AMD's data sheet. AWS states 70 for its A10G.
+# H200, H100, A100, A10, A40, L4, L40, L40S, RTX 6000 Ada, V100, T4; for GeForce cards the
+# architecture whitepapers, appendix A: Ampere GA102, Ada, RTX Blackwell, where float32 accumulation
+# halves what tensor cores do; RTX PRO 6000: NVIDIA RTX Blackwell PRO whitepaper, the Server Edition
+# by its 120 of 126 TFLOP/s in float32; MI300X: AMD's data sheet. AWS states 70 for its A10G.
 _PEAK_TFLOPS: dict[str, tuple[float | None, float, float]] = {
     "GB300": (2500, 2500, 1250),
     "GB200": (2500, 2500, 1250),

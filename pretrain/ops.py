@@ -83,9 +83,8 @@ class _Parts(NamedTuple):
             return cls(rows, rows if torch.compiler.is_compiling() else 2048, 1 << 30)
         if torch.compiler.is_compiling():
             return cls(rows or 512, rows or 512, 1 << 30)
-        return cls(
-            rows or 512, 8, 4096
-        )  # so that intermediate results stay in the processor's caches
+        # Few, so that intermediate results stay in the processor's caches.
+        return cls(rows or 512, 8, 4096)
 
 
 def linear_cross_entropy(

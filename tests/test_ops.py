@@ -259,16 +259,19 @@ def test_weights_of_zero_give_gradients_of_zero_in_float16():
 
 
 def head_gradients(rows, dtype=torch.bfloat16):
+    """(loss, gradient of hidden, of weight) of numbers that bfloat16 holds; float64: the truth."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(900, 16), torch.randn(128, 16)
-    hidden.requires_grad_(), weight.requires_grad_()
-    targets = torch.randint(100, (900,))
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float64):
-        if dtype == torch.float64:
-            hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
-            loss = plain_loss(hidden, weight[:100], targets)
-        else:
-            loss = linear_cross_entropy(hidden, weight, targets, 100, rows=rows)
+    hidden, weight = (torch.randn(n, 16).bfloat16().to(torch.float32) for n in (512, 128))
+    if dtype == torch.float64:
+        hidden, weight = hidden.double(), weight.double()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    targets = torch.randint(100, (512,))
+    if dtype == torch.float64:
+        loss = plain_loss(hidden, weight[:100] / 10, targets)
+    else:
+        with torch.autocast("cpu", dtype):
+            loss = linear_cross_entropy(hidden, weight / 10, targets, 100, rows=rows)
     loss.backward()
     return loss.detach(), hidden.grad, weight.grad
 
@@ -279,7 +282,7 @@ def test_with_rows_given_the_heads_gradient_is_added_up_in_float32_and_nearer_to
     assert max(errors[64], errors[4096]) < 0.7 * errors[0]
 
 
-@pytest.mark.parametrize("rows", [64, 900, 4096])
+@pytest.mark.parametrize("rows", [64, 500, 4096])
 def test_the_number_of_rows_at_a_time_changes_nothing_but_rounding(rows):
     for ours, expected in zip(head_gradients(rows), head_gradients(0), strict=True):
         torch.testing.assert_close(ours, expected, atol=3e-4, rtol=0.02)

@@ -58,9 +58,9 @@ def evaluate(
 
     model.score(x, y) returns the sum of losses, the number of right predictions and of tokens, as
     GPT.score does; `score` is the same, compiled. All batches have one shape, (batch_size,
-    block_size), and every rank makes as many: with sharded weights each is a call of all ranks. Once `interrupted` says so on any rank
-    the rest is left out on all, and the numbers mean nothing. The model is in eval mode meanwhile,
-    in its own mode after.
+    block_size), and every rank makes as many: with sharded weights each is a call of all ranks.
+    Once `interrupted` says so on any rank the rest is left out on all, and the numbers mean
+    nothing. The model is in eval mode meanwhile, in its own mode after.
     """
     sums: list[float] = []
     with evaluating(model):

@@ -12,8 +12,6 @@ import sys
 import textwrap
 from typing import Any
 
-from tqdm import tqdm
-
 from pretrain.errors import release_stdout
 from pretrain.report.runlog import train_line
 
@@ -27,14 +25,13 @@ class Console:
     def __init__(self, max_iters: int, step: int, *, enabled: bool = True):
         """enabled=False shows nothing: for all ranks but the first."""
         self.enabled, self.max_iters = enabled, max_iters
-        self.bar = tqdm(
-            total=max_iters,
-            initial=step,
-            unit="step",
-            dynamic_ncols=True,
-            file=sys.stdout,
-            disable=not (enabled and sys.stdout.isatty()),
-        )
+        self.bar: Any = None  # only on a terminal
+        if enabled and sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=max_iters, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout
+            )
 
     def say(self, text: str) -> None:
         """A line that stays, above the bar where there is one. A reader of stdout that goes away
@@ -42,7 +39,7 @@ class Console:
         if not self.enabled:
             return
         try:
-            if self.bar.disable:
+            if self.bar is None:
                 print(text, flush=True)
             else:
                 self.bar.write(text, file=sys.stdout)
@@ -56,7 +53,7 @@ class Console:
         """A "train" record as a line, or as the state of the bar."""
         if not self.enabled:
             return
-        if self.bar.disable:
+        if self.bar is None:
             self.say(train_line(record, self.max_iters))
             return
         mfu = "" if record.get("mfu") is None else f", mfu {record['mfu']:.1%}"
@@ -77,10 +74,12 @@ class Console:
         self.say(f"step {record['step']:{width}d}/{self.max_iters} | {text}")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.bar.close()
+        if self.bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self.bar.close()
 
     def _fall_silent(self) -> None:
         self.enabled = False
-        self.bar.disable = True
+        if self.bar is not None:
+            self.bar.disable = True
         release_stdout()  # what else is printed goes nowhere, and so does the flush at exit

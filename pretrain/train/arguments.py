@@ -144,8 +144,8 @@ def build_parser() -> argparse.ArgumentParser:
              "where the device computes in it, else float16 on cuda, else float32)")
     add("--compile", action=switch, default=None,
         help="torch.compile: a minute at the start, then faster steps; on a CPU it needs a C++ "
-             "compiler and Python's headers; left out with a warning where they are missing (on for "
-             "cuda)")
+             "compiler and Python's headers; left out with a warning where they are missing (on "
+             "for cuda)")
     add("--compile_mode", choices=COMPILE_MODES, default="default",
         help="max-autotune: try several kernels for each product and keep the fastest, minutes at "
              "the start (%(default)s)")
