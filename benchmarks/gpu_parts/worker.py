@@ -125,8 +125,11 @@ class Session:
         return {"ok": known[message["name"]](self.place, self.folder)}
 
     def do_check(self, message: Answer) -> Answer:
+        import torch
+
         from .checks import CHECKS
 
+        torch.set_float32_matmul_precision("highest")  # a check before may have changed it
         return {"ok": CHECKS[message["name"]](self.place, self.folder)}
 
     def do_build(self, message: Answer) -> Answer:
