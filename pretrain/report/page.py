@@ -80,6 +80,12 @@ def key_figures(run: Run) -> list[Figure]:
     figures.append(Figure("Steps", done, f"of {last:,}" if last else ""))
     tokens = run.tokens_at(np.array([float(step)]))[0] if step is not None else math.nan
     figures.append(Figure("Tokens", compact_number(tokens) if math.isfinite(tokens) else "–"))
+    for name, part in run.sources.items():
+        val_loss, seen = number(part.get("val_loss")), number(part.get("tokens"))
+        note = f"{number(part.get('epochs')):.2f} epochs"
+        note += f"; validation loss {val_loss:.4f}" if math.isfinite(val_loss) else ""
+        value = f"{compact_number(seen)} tokens" if math.isfinite(seen) else "–"
+        figures.append(Figure(f"Source {name}", value, note))
     val = column(run.evals, "val_loss")
     if np.isfinite(val).any():
         best = int(np.nanargmin(np.where(np.isfinite(val), val, np.nan)))

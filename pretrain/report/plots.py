@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.report.drawing import (
+    COLORS,
     INK,
     Plot,
     curve,
@@ -41,6 +42,7 @@ def plots(runs: list[Run]) -> list[Plot]:
     kinds = (
         ("loss", "Loss against steps", loss_by_steps),
         ("loss-tokens", "Loss against tokens", loss_by_tokens),
+        ("sources", "Validation loss by source", loss_by_sources),
         ("perplexity", "Validation perplexity", perplexity),
         ("accuracy", "Next-token accuracy", accuracy),
         ("learning-rate", "Learning rate", learning_rate),
@@ -108,6 +110,23 @@ def loss_by_tokens(axes: "Axes", runs: list[Run]) -> str | None:
     labels(axes, "tokens trained on", "loss, nats per token", compact_x=True)
     legend(axes, runs, line_kinds(runs))
     return "Logarithmic in tokens, from the first step on."
+
+
+def loss_by_sources(axes: "Axes", runs: list[Run]) -> str | None:
+    """Of mixtures: a line for each source; several runs have the same colours for one source."""
+    names = sorted({name for run in runs for name in run.sources})
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    for i, run in enumerate(runs):
+        for name in run.sources:
+            values = column([r.get("sources", {}).get(name, {}) for r in run.evals], "val_loss")
+            line = ("-", "--", ":", "-.")[i % 4]
+            evaluations(axes, column(run.evals, "step"), values, colors[name], line)
+    if not axes.lines:
+        return None
+    labels(axes, "step", "loss, nats per token")
+    legend(axes, [], tuple({"label": f" {name}"[:40], "color": colors[name]} for name in names))
+    kinds = "; solid, dashed, dotted: one run after another" if len(runs) > 1 else ""
+    return f"On the validation windows of each source of the mixture{kinds}."
 
 
 def perplexity(axes: "Axes", runs: list[Run]) -> str | None:

@@ -83,6 +83,13 @@ def residual_dtype(is_bfloat16: bool, dtype: torch.dtype) -> torch.dtype | None:
     return torch.bfloat16 if is_bfloat16 else None
 
 
+def configure(model: Any, settings: TrainSettings, dtype: torch.dtype) -> None:
+    """Tell a model how to compute what it computes. Raises SettingsError like residual_dtype."""
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    model.residual_dtype = residual_dtype(settings.bfloat16_residual, dtype)
+    model.head_rows = settings.head_rows
+
+
 def choose_compiler(
     settings: TrainSettings, device: torch.device, warn: Callable[[str], None]
 ) -> Callable[[Any], Any] | None:
