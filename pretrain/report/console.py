@@ -12,8 +12,6 @@ import sys
 import textwrap
 from typing import Any
 
-from tqdm import tqdm
-
 from pretrain.errors import release_stdout
 from pretrain.report.runlog import duration, train_line
 
@@ -28,14 +26,13 @@ class Console:
         """enabled=False shows nothing: for all ranks but the first."""
         self.enabled, self.max_iters = enabled, max_iters
         self._is_estimated = False
-        self.bar = tqdm(
-            total=max_iters,
-            initial=step,
-            unit="step",
-            dynamic_ncols=True,
-            file=sys.stdout,
-            disable=not (enabled and sys.stdout.isatty()),
-        )
+        self.bar: Any = None  # only on a terminal
+        if enabled and sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=max_iters, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout
+            )
 
     def say(self, text: str) -> None:
         """A line that stays, above the bar where there is one. A reader of stdout that goes away
@@ -43,7 +40,7 @@ class Console:
         if not self.enabled:
             return
         try:
-            if self.bar.disable:
+            if self.bar is None:
                 print(text, flush=True)
             else:
                 self.bar.write(text, file=sys.stdout)
@@ -57,7 +54,7 @@ class Console:
         """A "train" record as a line, or as the state of the bar."""
         if not self.enabled:
             return
-        if self.bar.disable:
+        if self.bar is None:
             self.say(train_line(record, self.max_iters))
             self._estimate(record)
             return
@@ -91,10 +88,12 @@ class Console:
         self.say(f"step {record['step']:{width}d}/{self.max_iters} | {text}")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.bar.close()
+        if self.bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self.bar.close()
 
     def _fall_silent(self) -> None:
         self.enabled = False
-        self.bar.disable = True
+        if self.bar is not None:
+            self.bar.disable = True
         release_stdout()  # what else is printed goes nowhere, and so does the flush at exit

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pretrain.report.compare import compare, seeds
+from pretrain.report.compare import compare, seeds, so_far
 from pretrain.report.drawing import COLORS, Plot, compact_number, darkened, to_svg
 from pretrain.report.findings import MIN_POINTS, Finding
 from pretrain.report.known import title
@@ -118,6 +118,18 @@ def key_figures(run: Run) -> list[Figure]:
     figures.append(
         Figure("Tokens/s", f"{np.nanmedian(rate):,.0f}" if np.isfinite(rate).any() else "–", note)
     )
+    return figures + _spent(run, tokens)
+
+
+def _spent(run: Run, tokens: float) -> list[Figure]:
+    """Dollars and energy so far, where the log has them."""
+    figures = []
+    dollars, energy = so_far(run, "dollars"), so_far(run, "kilowatt_hours")
+    if math.isfinite(dollars):
+        each = f"${dollars / tokens * 1e9:,.2f} a billion tokens" if tokens > 0 else ""
+        figures.append(Figure("Cost", f"${dollars:,.2f}", each))
+    if math.isfinite(energy):
+        figures.append(Figure("Energy", f"{energy:,.2f} kWh", "of the GPUs, as NVML counts"))
     return figures
 
 

@@ -9,7 +9,7 @@ lines.
 One JSON object a line, appended, never rewritten. Events:
     start    a process began or resumed here: every flag, the data, the device
     train    one line per --log_interval: step, loss, learning_rate, grad_norm, tokens,
-    tokens_per_second, ...
+    tokens_per_second, ...; dollars and kilowatt_hours so far where they are known
     eval     train_loss, val_loss, perplexity, accuracy, bits_per_byte, and tasks: {name: {"n": ...,
              "acc": ..., "acc_norm": ..., "style": ...}} for those that could be scored;
              val_tokens where --val_tokens set them
@@ -313,7 +313,8 @@ def train_line(record: dict[str, Any], max_iters: int) -> str:
     step   1000/600000 | loss  6.1234 | lr 3.00e-04 | norm   0.91 |   123,457 tok/s |    265.4 ms |
     12.3 GB
 
-    with "mfu 41.2%" before the memory where the device's peak is known.
+    with "mfu 41.2%" before the memory where the device's peak is known, and "$12.34" behind it with
+    --price_per_hour.
     """
     parts = [
         _step(record, max_iters),
@@ -325,7 +326,10 @@ def train_line(record: dict[str, Any], max_iters: int) -> str:
     ]
     if record.get("mfu") is not None:
         parts.append(f"mfu {record['mfu']:5.1%}")
-    return " | ".join([*parts, f"{record['memory_bytes'] / 1e9:5.1f} GB"])
+    parts.append(f"{record['memory_bytes'] / 1e9:5.1f} GB")
+    if record.get("dollars") is not None:
+        parts.append(f"${record['dollars']:,.2f}")
+    return " | ".join(parts)
 
 
 def eval_line(record: dict[str, Any], max_iters: int) -> str:

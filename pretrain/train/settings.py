@@ -28,7 +28,6 @@ from pretrain.train.keytokens import KeyTokenError, read_key_tokens
 
 __all__ = ["AMOUNT", "COUNT", "OVERRIDES", "TrainSettings", "build_parser", "resolve"]
 MOST_SAMPLED = 100_000  # tokens: training waits for them
-MANY_EPOCHS = 10_000  # more passes over the data than anybody means
 # What holds with --optimizer muon where a flag is not given: the record's settings for 124M.
 MUON = {
     "learning_rate": 0.025,
@@ -108,7 +107,15 @@ class TrainSettings:
     compile: bool | None
     parallel: str
     reshard_after_forward: bool
+    compile_mode: str
+    compile_eval: bool
     gradient_checkpointing: bool
+    attention: str
+    bfloat16_residual: bool
+    head_rows: int
+    bucket_cap_mb: int
+    profile: int
+    price_per_hour: float
     # run
     out_dir: str
     resume: str
@@ -206,35 +213,6 @@ def with_length(settings: TrainSettings, steps_per_epoch: float) -> TrainSetting
             f" are {updates:,} updates)"
         )
     return replace(settings, max_iters=updates, lr_decay_iters=decay, warmup_iters=warmup)
-
-
-def changed_flags(before: dict[str, Any], settings: TrainSettings) -> list[str]:
-    """What may change from one part of a run to the next, and rarely should."""
-    names = ("learning_rate", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip")
-    now = settings.flags
-    return [
-        f"--{name} {before[name]} before, {now[name]} now"
-        for name in names
-        if name in before and before[name] != now[name]
-    ]
-
-
-def warnings_of(settings: TrainSettings, steps_per_epoch: float) -> list[str]:
-    """What is allowed and yet defeats the run, most likely by a slip: one line each."""
-    found, epochs = [], settings.max_iters / steps_per_epoch
-    if 0 < settings.max_iters <= settings.warmup_iters:
-        found.append(
-            f"--warmup_iters {settings.warmup_iters:,}: the run ends after {settings.max_iters:,}"
-            " updates, before the learning rate has risen; lower it to a tenth of that"
-        )
-    if epochs >= MANY_EPOCHS:
-        found.append(
-            f"--max_iters {settings.max_iters:,} are {epochs:,.0f} passes over this data; give"
-            " --epochs, or more data"
-        )
-    if settings.learning_rate == 0:
-        found.append("--learning_rate 0: nothing will be learned")
-    return found
 
 
 def check(flags: Any, given: set[str], world_size: int) -> list[str]:

@@ -14,7 +14,7 @@ from tiny_runs import flags, logged, write_shards
 
 import hellaswag
 import train_gpt2
-from pretrain.distributed import compiler_problem
+from pretrain.hardware import compiler_problem
 
 ROOT = Path(__file__).parents[2]
 ITEMS = ROOT / "tests" / "data" / "hellaswag_items.jsonl"
@@ -61,7 +61,8 @@ statuses, graphs = [], 0
 for name, port, argv in json.loads({runs!r}):
     os.environ["MASTER_PORT"] = str(port)
     if name == "not_finite" and os.environ["RANK"] == "1":
-        stopping.FiniteGuard.loss_weight = staticmethod(lambda loss, steps: weight(loss * torch.inf, steps))
+        infinite = lambda loss, steps: weight(loss * torch.inf, steps)
+        stopping.FiniteGuard.loss_weight = staticmethod(infinite)
     torch.compile = functools.partial(compile, backend="aot_eager") if name == "graphs" else compile
     statuses.append(train_gpt2.main(argv))
     stopping.FiniteGuard.loss_weight = staticmethod(weight)
