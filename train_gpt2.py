@@ -49,7 +49,7 @@ from pretrain.eval.tasks import HellaSwag, Task
 from pretrain.eval.validation import Windows, evaluated_windows
 from pretrain.report.runlog import Measured, scores_block
 from pretrain.train import checkpoint as checkpoints
-from pretrain.train import parallel
+from pretrain.train import memory, parallel
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.data import TrainingData
 from pretrain.train.describe import describe
@@ -387,6 +387,7 @@ def begin(run: Run, state: TrainState, loader: BatchLoader, windows: Windows) ->
     )
     setup |= {
         "compiled": compiler is not None,
+        "memory": memory.estimate(settings, state, loader.block_size, precision(run)[0]),
         "last_learning_rate": schedule(settings)(settings.max_iters - 1),
         "evaluated_windows": {name: len(numbers) for name, (_, numbers) in windows.items()},
     }

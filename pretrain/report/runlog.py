@@ -203,6 +203,7 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
             f"evaluation  {evaluated}",
             f"device      {setup['device']}, {setup['dtype']}{', compiled' * setup['compiled']}, "
             f"{peak}",
+            f"memory      {_memory(setup['memory'], setup['processes'])}",
             f"output      {flags['out_dir']}: {origin}",
         ]
     )
@@ -257,6 +258,15 @@ def eval_values(
             for source, done in progress.items()
         }
     return values
+
+
+def _memory(parts: dict[str, int], processes: int) -> str:
+    """Bytes by what they are for, and their "total", as a line: those that count in GB."""
+    listed = [f"{k} {v / 1e9:.1f}" for k, v in parts.items() if k != "total" and v >= 5e7]
+    where = " in each process" if processes > 1 else ""
+    return (
+        f"at least {parts['total'] / 1e9:.1f} GB{where}" + ": " * bool(listed) + ", ".join(listed)
+    )
 
 
 def perplexity(loss: float) -> float:
