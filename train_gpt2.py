@@ -46,7 +46,7 @@ from pretrain import distributed, models
 from pretrain.distributed import Ranks, seed_dropout
 from pretrain.eval import validation
 from pretrain.eval.sampling import TrainingSamples
-from pretrain.eval.tasks import HellaSwag, Task
+from pretrain.eval.tasks import HellaSwag, open_tasks, parse_tasks
 from pretrain.report.runlog import scores_block
 from pretrain.tokens.owntext import prepare
 from pretrain.tokens.shards import data_fingerprint, find_shards
@@ -264,12 +264,12 @@ def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
     nor wrapped: the same weights, and any shape."""
     settings, ranks = run.settings, run.ranks
     dtype, autocast = precision(run)
-    tasks: list[Task] = []
+    is_chosen = "hellaswag_limit" in settings.given or ranks.device.type == "cuda"
+    limit = settings.hellaswag_limit if is_chosen else 200
+    tasks = open_tasks(parse_tasks(settings.task or []), limit) if sets else []
     if sets and settings.hellaswag:
-        is_chosen = "hellaswag_limit" in settings.given or ranks.device.type == "cuda"
-        limit = settings.hellaswag_limit if is_chosen else 200
         wait = None if settings.eval_only else 2.0
-        tasks.append(HellaSwag(settings.hellaswag_data, limit, wait_seconds=wait))
+        tasks.insert(0, HellaSwag(settings.hellaswag_data, limit, wait_seconds=wait))
 
     def measure() -> Measured:
         is_set = run.stop.is_set

@@ -25,6 +25,7 @@ from pretrain.distributed import Ranks, environment
 from pretrain.errors import UserError
 from pretrain.eval.hellaswag import Example, data_path, ensure_data, load_with_hash
 from pretrain.eval.scoring import score_examples
+from pretrain.flags import named_files
 from pretrain.report.known import title
 from pretrain.tokens.tokenizer import TokenizerUnavailable, load_encoding
 
@@ -173,20 +174,7 @@ def parse_tasks(words: list[str]) -> dict[str, str | None]:
     >>> parse_tasks(["trivia=trivia.jsonl"])
     {'trivia': 'trivia.jsonl'}
     """
-    found: dict[str, str | None] = {}
-    for word in words:
-        name, _, file = word.partition("=")
-        if not name or not name.replace("-", "_").isidentifier() or not name.isascii():
-            raise UserError(f"{word!r} is not NAME=FILE with a name of letters, digits, - and _")
-        if name in found:
-            raise UserError(f"{name}: named twice")
-        if not file and name not in TASKS:
-            known = ", ".join(TASKS)
-            raise UserError(f"{name}: give its file, {name}={name}.jsonl (known without: {known})")
-        if file and not Path(file).is_file():
-            raise UserError(f"{name}: {file}: no such file")
-        found[name] = file or None
-    return found
+    return named_files(words, TASKS)
 
 
 def open_tasks(

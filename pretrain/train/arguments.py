@@ -2,7 +2,7 @@
 
 import argparse
 
-from pretrain.flags import AMOUNT, COUNT, REAL, SEED, SHARE
+from pretrain.flags import AMOUNT, COUNT, REAL, SEED, SHARE, Gather
 from pretrain.tokens.shards import DEFAULT_DATA_DIR
 
 MODELS = ("gpt2", "modern")  # pretrain.models.ARCHITECTURES, named without loading torch
@@ -121,7 +121,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hellaswag_data", metavar="FILE",
         help="hellaswag_val.jsonl, also .gz (else downloaded once)")
     add("--hellaswag_limit", type=AMOUNT, metavar="N",
-        help="score N examples, always the same choice (all on cuda, 200 elsewhere; 0: all)")
+        help="score N examples of HellaSwag and of each --task, always the same choice (all on "
+             "cuda, 200 elsewhere; 0: all)")
+    add("--task", nargs="+", action=Gather, metavar="NAME=FILE",
+        help="also score these .jsonl or .jsonl.gz files in HellaSwag's format, a context and four "
+             "endings a line, under names of your own (none)")
     add("--sample_interval", type=AMOUNT, default=1, metavar="N",
         help="evaluations from one sample of the model's text to the next, at temperature 0.8 from "
              "the 50 likeliest tokens (%(default)s: at each but that of step 0; 0: never)")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError, say
-from pretrain.flags import AMOUNT, COUNT, LARGEST, parse_with_config
+from pretrain.flags import AMOUNT, COUNT, LARGEST, named_files, parse_with_config
 from pretrain.rendezvous import RankError, environment, is_first_rank
 from pretrain.report import trackers
 from pretrain.text.source import SourceError
@@ -92,6 +92,7 @@ class TrainSettings:
     hellaswag: bool
     hellaswag_data: str | None
     hellaswag_limit: int | None
+    task: list[str] | None
     sample_interval: int
     sample_prompt: str
     sample_tokens: int
@@ -252,7 +253,15 @@ def problems_of(settings: TrainSettings) -> list[str]:
         problems.append(f"--resume {settings.resume}: no such file (and neither auto nor never)")
     if settings.hellaswag_data and not os.path.isfile(settings.hellaswag_data):
         problems.append(f"--hellaswag_data {settings.hellaswag_data}: no such file")
-    return problems
+    return problems + _check_tasks(settings)
+
+
+def _check_tasks(settings: TrainSettings) -> list[str]:
+    try:
+        named = named_files(settings.task or ())
+    except UserError as error:
+        return [f"--task {error}"]
+    return ["--task hellaswag: that name is taken; see --hellaswag_data"] * ("hellaswag" in named)
 
 
 def _check_numbers(settings: TrainSettings) -> list[str]:
