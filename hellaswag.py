@@ -34,7 +34,7 @@ from pretrain.eval.hellaswag import (
     load_with_hash,
 )
 from pretrain.flags import COUNT, named_files
-from pretrain.report.known import KNOWN
+from pretrain.report.known import KNOWN, title
 
 if TYPE_CHECKING:
     from pretrain.eval.scoring import Result
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
         rank=ranks.rank,
         world_size=ranks.world_size,
         group=ranks.control,
-        progress=True,
+        progress=title(name),
     )
     if ranks.is_first and result is not None:
         settings = {

@@ -47,6 +47,7 @@ from pretrain.distributed import Ranks, seed_dropout
 from pretrain.eval import validation
 from pretrain.eval.sampling import TrainingSamples
 from pretrain.eval.tasks import HellaSwag, open_tasks, parse_tasks
+from pretrain.report.console import silent
 from pretrain.report.runlog import scores_block
 from pretrain.tokens.owntext import prepare
 from pretrain.tokens.shards import data_fingerprint, find_shards
@@ -272,7 +273,7 @@ def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
         tasks.insert(0, HellaSwag(settings.hellaswag_data, limit, wait_seconds=wait))
 
     def measure() -> Measured:
-        is_set = run.stop.is_set
+        is_set, progress = run.stop.is_set, run.console.progress if run.console else silent
         scores = validation.evaluate(
             model,
             sets,
@@ -280,9 +281,12 @@ def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
             ranks=ranks,
             autocast=autocast,
             interrupted=is_set,
+            progress=progress,
         )
         summaries = {
-            task.name: task.score(model, dtype=dtype, ranks=ranks, interrupted=is_set)
+            task.name: task.score(
+                model, dtype=dtype, ranks=ranks, interrupted=is_set, progress=progress
+            )
             for task in tasks
         }
         return scores, {name: summary for name, summary in summaries.items() if summary}

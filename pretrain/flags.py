@@ -14,6 +14,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -274,6 +275,21 @@ def named_files(words: Iterable[str], alone: Collection[str] = ()) -> dict[str, 
             raise UserError(f"{name}: {file}: no such file")
         found[name] = file or None
     return found
+
+
+def named_after_flags(folder: str, values: dict[str, Any]) -> str:
+    """The folder with the value of a flag for each {flag} in its name; other braces stay.
+
+    >>> named_after_flags("runs/lr{learning_rate}-{seed}", {"learning_rate": 3e-4, "seed": 1})
+    'runs/lr0.0003-1'
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1]
+        known = name in values and name != "out_dir"
+        return str(values[name]).replace(os.sep, "_") if known else found[0]
+
+    return re.sub(r"\{(\w+)\}", value, folder)
 
 
 def number(

@@ -15,6 +15,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from pretrain.errors import UserError
 from pretrain.eval.hellaswag import Example, data_path, ensure_data, load_with_hash
 from pretrain.eval.scoring import score_examples
 from pretrain.flags import named_files
+from pretrain.report.console import silent
 from pretrain.report.known import title
 from pretrain.tokens.tokenizer import TokenizerUnavailable, load_encoding
 
@@ -42,9 +44,11 @@ class Task(Protocol):
         dtype: torch.dtype,
         ranks: Ranks,
         interrupted: Callable[[], bool],
+        progress: Callable[[str, int, int], None] = silent,
     ) -> dict[str, Any] | None:
         """The numbers as JSON takes them, the same on every rank: n, acc, acc_norm, acc_stderr,
-        acc_norm_stderr, style. None: there are none (yet), or `interrupted` said so on a rank."""
+        acc_norm_stderr, style. None: there are none (yet), or `interrupted` said so on a rank.
+        progress is told the task, and how many of how many batches are done."""
         ...
 
 
@@ -75,6 +79,7 @@ class MultipleChoice:
         dtype: torch.dtype,
         ranks: Ranks,
         interrupted: Callable[[], bool] = lambda: False,
+        progress: Callable[[str, int, int], None] = silent,
     ) -> dict[str, Any] | None:
         """See Task.score."""
         if self._is_left_out or not self._is_ready(ranks):
@@ -92,6 +97,7 @@ class MultipleChoice:
                 world_size=ranks.world_size,
                 group=ranks.control,
                 interrupted=interrupted,
+                advance=partial(progress, self.name),
             )
         except (UserError, TokenizerUnavailable) as error:
             self._leave_out(str(error), ranks)

@@ -35,6 +35,7 @@ from pretrain.report.known import title
 from pretrain.report.schema import tasks_of
 
 FILE_NAME = "metrics.jsonl"
+COLUMNS = 80  # of a window that a log is read in
 
 
 class RunLog:
@@ -236,13 +237,15 @@ def contexts_cut(result: dict[str, Any]) -> str:
     return f"{result['truncated']:,} endings had their context cut to fit into the model"
 
 
-def train_line(record: dict[str, Any], max_iters: int) -> str:
-    """The console's line of a "train" record.
+def train_line(
+    record: dict[str, Any], max_iters: int, times: str = "", columns: int = COLUMNS
+) -> str:
+    """The console's line of a "train" record. times: what it says last, of elapsed and remaining.
 
-    step   1000/600000 | loss  6.1234 | lr 3.00e-04 | norm   0.91 |   123,457 tok/s |    265.4 ms |
-    12.3 GB
+    step   1000/600000 | loss  6.1234 | lr 3.00e-04 | norm   0.91 |   123,457 tok/s
+    |    265.4 ms |  12.3 GB | 4:25, 44:03:10 left
 
-    with "mfu 41.2%" before the memory where the device's peak is known.
+    in one line, with "mfu 41.2%" before the memory where the device's peak is known.
     """
     parts = [
         _step(record, max_iters),
@@ -254,28 +257,45 @@ def train_line(record: dict[str, Any], max_iters: int) -> str:
     ]
     if record.get("mfu") is not None:
         parts.append(f"mfu {record['mfu']:5.1%}")
-    return " | ".join([*parts, f"{record['memory_bytes'] / 1e9:5.1f} GB"])
+    parts.append(f"{record['memory_bytes'] / 1e9:5.1f} GB")
+    return _in_columns(parts + [times] * bool(times), columns)
 
 
-def eval_line(record: dict[str, Any], max_iters: int) -> str:
+def eval_line(record: dict[str, Any], max_iters: int, columns: int = COLUMNS) -> str:
     """The console's line of an "eval" record.
 
-    step   2000/600000 | val loss  3.2912 | train loss  3.2544 | ppl    26.87 | accuracy 38.1%
+    step   2000/600000 | val loss  3.2912 | train loss  3.2544 | ppl    26.87
+    | bits/byte 0.9731 | token accuracy 38.1%
 
-    with "hellaswag 29.5% (10042)", acc_norm and the number of examples, for each task that there
-    is, and how many contexts were cut to fit into the model.
+    in one line, with "hellaswag 29.5% (10042)", acc_norm and the number of examples, for each task
+    that there is, and how many contexts were cut to fit into the model. token accuracy: share of
+    validation tokens for which the most probable token was the right one.
     """
     parts = [
         _step(record, max_iters),
         f"val loss {record['val_loss']:7.4f}",
         f"train loss {record['train_loss']:7.4f}",
         f"ppl {schema.number(record['perplexity']):8.2f}",
-        f"accuracy {record['accuracy']:5.1%}",
+        f"token accuracy {record['accuracy']:5.1%}",
     ]
+    if record.get("bits_per_byte") is not None:
+        parts.insert(-1, f"bits/byte {schema.number(record['bits_per_byte']):6.4f}")
     for name, result in tasks_of(record).items():
         cut = f", {result['truncated']} contexts cut" if result.get("truncated") else ""
         parts.append(f"{name} {result['acc_norm']:5.1%} ({result['n']}{cut})")
-    return " | ".join(parts)
+    return _in_columns(parts, columns)
+
+
+def _in_columns(parts: list[str], columns: int) -> str:
+    """The parts in one line, between bars, with so many spaces that a window of `columns` breaks
+    the line before a bar and never in a number."""
+    line = parts[0]
+    for part in parts[1:]:
+        used = len(line) % columns
+        if used + len(part) + 3 > columns:
+            line += " " * (columns - used - 1)
+        line += f" | {part}"
+    return line
 
 
 def _step(record: dict[str, Any], max_iters: int) -> str:

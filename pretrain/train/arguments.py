@@ -151,7 +151,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="recompute activations: much less memory, a third more time (off)")
     add = parser.add_argument_group("run").add_argument
     add("--out_dir", default="checkpoints", metavar="DIR",
-        help="for checkpoints and logs (checkpoints)")
+        help="for checkpoints and logs; {learning_rate} and other flags in braces become their "
+             "values, so that each setting of a sweep has a folder of its own (checkpoints)")
     add("--resume", default="auto", metavar="auto|never|PATH",
         help="auto: continue the newest good checkpoint in --out_dir, if any. never: start anew, "
              "an earlier run's files are moved aside. A path: continue that one, later ones are "
@@ -169,6 +170,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wandb", action=switch, default=False,
         help="the metrics also to Weights & Biases; WANDB_MODE=offline keeps them in OUT_DIR/wandb "
              "(off)")
+    add("--trackio", action=switch, default=False,
+        help="the metrics also to trackio, which keeps them on this machine: `trackio show` (off)")
     add("--seed", type=SEED, default=1337,
         help="of weights, data order, dropout and samples (1337)")
     # fmt: on

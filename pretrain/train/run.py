@@ -29,9 +29,9 @@ from torch import Tensor
 from pretrain import __version__, distributed, files
 from pretrain.distributed import Ranks
 from pretrain.errors import lasting_output
-from pretrain.report.console import Console
+from pretrain.report.console import Console, columns
 from pretrain.report.runlog import RunLog, Stopwatch, eval_line, perplexity, start_block
-from pretrain.report.trackers import open_trackers
+from pretrain.report.trackers import PACKAGES, open_trackers
 from pretrain.train import best
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.checkpoint import CheckpointError
@@ -220,9 +220,8 @@ class Run:
             self.log.write("start", step=state.step, resumed_from=self.path, **setup)
             origin = f"continues {self.path}, step {state.step:,}" if self.path else "begins anew"
             print(start_block(setup, origin))
-            for tracker in open_trackers(
-                settings.tensorboard, settings.wandb, self.log.path, state.step, setup
-            ):
+            wanted = [name for name in PACKAGES if getattr(settings, name)]
+            for tracker in open_trackers(wanted, self.log.path, state.step, setup):
                 self.log.follow(self._stack.enter_context(closing(tracker)))
         console = Console(settings.max_iters, state.step, enabled=self.ranks.is_first)
         self.console = self._stack.enter_context(closing(console))
@@ -272,7 +271,7 @@ class Run:
             **{name: val[name] for name in ("accuracy", "bits_per_byte") if name in val},
             **({"tasks": tasks} if tasks else {}),
         )
-        self.say(eval_line(record, settings.max_iters))
+        self.say(eval_line(record, settings.max_iters, columns()))
         if not self._save_evaluation():
             state.record = before  # what no file holds is no record
         every = settings.sample_interval * interval

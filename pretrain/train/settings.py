@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError, say
-from pretrain.flags import AMOUNT, COUNT, LARGEST, named_files, parse_with_config
+from pretrain.flags import AMOUNT, COUNT, LARGEST, named_after_flags, named_files, parse_with_config
 from pretrain.rendezvous import RankError, environment, is_first_rank
 from pretrain.report import trackers
 from pretrain.text.source import SourceError
@@ -113,6 +113,7 @@ class TrainSettings:
     log_interval: int
     tensorboard: bool
     wandb: bool
+    trackio: bool
     seed: int
     # not flags
     given: frozenset[str] = frozenset()  # names of the flags that somebody set
@@ -147,6 +148,7 @@ def resolve(argv: Sequence[str], world_size: int) -> tuple[TrainSettings, list[s
     anything."""
     args, given, problems = parse_with_config(build_parser(), argv, OVERRIDES)
     values = vars(args) | _recipe(args, given)
+    values["out_dir"] = named_after_flags(args.out_dir, values)
     settings = TrainSettings(**values, given=frozenset(given), world_size=world_size)
     return settings, problems or problems_of(settings)
 
