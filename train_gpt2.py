@@ -36,10 +36,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, load_checkpoint
 from pretrain import distributed, models
@@ -47,28 +45,24 @@ from pretrain.distributed import Ranks, seed_dropout
 from pretrain.eval import validation
 from pretrain.eval.sampling import TrainingSamples
 from pretrain.eval.tasks import HellaSwag, open_tasks, parse_tasks
+from pretrain.eval.validation import Windows, evaluated_windows
 from pretrain.report.console import silent
-from pretrain.report.runlog import scores_block
+from pretrain.report.runlog import Measured, scores_block
 from pretrain.tokens.owntext import prepare
-from pretrain.tokens.shards import data_fingerprint, find_shards
 from pretrain.train import checkpoint as checkpoints
+from pretrain.train import parallel
 from pretrain.train.checkpoint import CheckpointError
+from pretrain.train.data import TrainingData
 from pretrain.train.describe import describe
 from pretrain.train.keytokens import key_token_weights, load_key_tokens
-from pretrain.train.loader import (
-    ShardLoader,
-    TokenWindows,
-    refuse_different_data,
-    verify_data,
-)
+from pretrain.train.loader import BatchLoader
 from pretrain.train.optim import SCHEDULES, make_optimizer
-from pretrain.train.run import Measured, Run
+from pretrain.train.run import Run
 from pretrain.train.state import TrainState, read_on_first
 from pretrain.train.stopping import FiniteGuard
 from pretrain.weights import Damaged
 
 __all__ = ["checkpoints", "load_checkpoint", "main"]
-Windows = dict[str, tuple[TokenWindows, np.ndarray]]
 LESS_MEMORY = (
     "a smaller --batch_size with more --gradient_accumulation_steps, or --gradient_checkpointing"
 )
@@ -121,7 +115,8 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
                     break
                 # Dropout by step and micro-batch: a resumed run has no generator states to restore.
                 seed_dropout(settings.seed, state.step, micro_step * ranks.world_size + ranks.rank)
-                # Gradients are exchanged in the last backward alone; DDP asks in forward.
+                # DDP exchanges gradients in the last backward alone, and asks in forward; fsdp in
+                # each, as no rank could hold them whole.
                 if ranks.world_size > 1:
                     forward.require_backward_grad_sync = micro_step == len(x) - 1
                 with autocast:
@@ -133,7 +128,8 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
             if run.signal:
                 break  # nothing of this step is in the weights: it is made anew by the next run
             scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+            grad_norm = parallel.whole(norm)
             guard.check(state.step, loss, grad_norm)
             scaler.step(optimizer)
             scaler.update()
@@ -151,17 +147,19 @@ def initial_model(run: Run) -> tuple[GPT, int]:
     torch.manual_seed(settings.seed)
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
+    make: Callable[[], Any]
     if run.saved:
-        model = ranks.together(build_model, settings, run.saved, str(run.path))
+        make = partial(build_model, settings, run.saved, str(run.path))
     elif settings.init_from != "scratch":
-        weights = read_on_first(ranks, lambda: read_weights(settings))
-        model = ranks.together(build_model, settings, weights, settings.init_from)
+        weights = read_on_first(
+            ranks, lambda: read_weights(settings), whole=not parallel.is_sharded(settings)
+        )
+        make = partial(build_model, settings, weights, settings.init_from)
     else:
         new_model, config = models.ARCHITECTURES[settings.model].load()
         sizes = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
-        values = {name: getattr(settings, name) for name in sizes}
-        model = ranks.together(new_model, config(**values))
-    model = model.train().to(ranks.device)
+        make = partial(new_model, config(**{name: getattr(settings, name) for name in sizes}))
+    model = parallel.placed(make, settings, ranks, precision(run)[0])
     model.gradient_checkpointing = settings.gradient_checkpointing
     asked = "block_size" in settings.asked_sizes
     return model, settings.block_size if asked else model.config.block_size
@@ -201,7 +199,7 @@ def build_model(settings: TrainSettings, weights: dict[str, Any], where: str) ->
         raise CheckpointError(f"{where}: {error}") from None
 
 
-def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[ShardLoader, Windows]:
+def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[BatchLoader, Windows]:
     """The batches to train on, and by name the windows that evaluations look at, with their
     numbers. The run's settings learn what follows from the data: where it lies, and how many
     updates --epochs are."""
@@ -212,11 +210,10 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[ShardLoader, 
     # Each node may have a disk of its own: its processes share out what lies there.
     here = ranks.node_ranks
     place, count = here.index(ranks.rank), len(here)
-    ranks.together(verify_data, settings.data_dir, settings.verify_data, place, count)
-    fingerprints = ranks.gather(ranks.together(data_fingerprint, settings.data_dir))
-    ranks.together(refuse_different_data, settings.data_dir, fingerprints)
-    loader = ShardLoader(
-        find_shards(settings.data_dir, "train"),
+    data = TrainingData(settings.data_dir)
+    ranks.together(data.verify, settings.verify_data, place, count)
+    ranks.together(data.refuse_different, ranks.gather(ranks.together(data.fingerprints)))
+    loader = data.loader(
         batch_size=settings.batch_size,
         block_size=block_size,
         accumulation_steps=settings.micro_steps(block_size),
@@ -228,33 +225,32 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[ShardLoader, 
         vocab_size=vocab_size,
         pin_memory=ranks.device.type == "cuda",
     )
-    run.settings = with_length(settings, loader.steps_per_epoch)
+    run.settings, run.loader = with_length(settings, loader.steps_per_epoch), loader
     if not settings.is_evaluated:
         return loader, {}
-    shards, count = find_shards(settings.data_dir, "val"), settings.eval_iters * settings.batch_size
-    val = TokenWindows(shards, block_size=block_size, vocab_size=vocab_size)
-    return loader, {
-        "val": (val, validation.first(val, count)),
-        "train": (loader.windows, validation.spread(loader.windows, count)),
-    }
+    if left := settings.val_tokens % block_size:
+        run.warn(
+            f"--val_tokens {settings.val_tokens:,}: scored are {settings.val_tokens - left:,}, the"
+            f" whole windows of {block_size} in them"
+        )
+    return loader, evaluated_windows(settings, data, loader, vocab_size)
 
 
-def identity_of(settings: TrainSettings, model: GPT, loader: ShardLoader) -> dict[str, Any]:
+def identity_of(settings: TrainSettings, model: GPT, loader: BatchLoader) -> dict[str, Any]:
     """What no part of a run may change."""
     names = ("n_layer", "n_head", "n_embd", "bias")
     sizes = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
     asked = {name: getattr(settings, name) for name in sizes if name in settings.asked_sizes}
-    windows = loader.windows
     is_asked = "model" in settings.asked_sizes
     return {
         "model": settings.model if is_asked else models.architecture_of(model),
         "optimizer": settings.optimizer,
         **sizes,
         **asked,
-        "block_size": windows.block_size,
-        "stride": windows.stride,
-        "tokens per update": loader.global_batch * windows.block_size,
-        "data": data_fingerprint(settings.data_dir)[:16],
+        "block_size": loader.block_size,
+        "stride": loader.stride,
+        "tokens per update": loader.global_batch * loader.block_size,
+        **TrainingData(settings.data_dir).identity(),
         "seed": settings.seed,
         "shuffle": settings.shuffle,
     }
@@ -272,6 +268,7 @@ def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
         wait = None if settings.eval_only else 2.0
         tasks.insert(0, HellaSwag(settings.hellaswag_data, limit, wait_seconds=wait))
 
+    @parallel.gathered(model)
     def measure() -> Measured:
         is_set, progress = run.stop.is_set, run.console.progress if run.console else silent
         scores = validation.evaluate(
@@ -283,6 +280,7 @@ def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
             interrupted=is_set,
             progress=progress,
         )
+        scores = validation.weighted(scores, run.shares())
         summaries = {
             task.name: task.score(
                 model, dtype=dtype, ranks=ranks, interrupted=is_set, progress=progress
@@ -305,9 +303,15 @@ def sampler(run: Run, model: GPT) -> Callable[[], dict[str, Any] | None]:
     settings, autocast = run.settings, precision(run)[1]
     samples = TrainingSamples(settings.sample_prompt, settings.sample_tokens, settings.seed)
 
+    def told_to_stop() -> bool:
+        """On any rank, where each token is a call of all of them."""
+        is_set = run.stop.is_set()
+        return bool(run.ranks.sum(is_set)[0]) if parallel.is_sharded(settings) else is_set
+
+    @parallel.gathered(model)
     def sample() -> dict[str, Any] | None:
         with autocast:
-            text = samples.write(model, run.stop.is_set)
+            text = samples.write(model, told_to_stop)
         return None if text is None else {"prompt": samples.prompt, "text": text}
 
     return sample
@@ -358,7 +362,7 @@ def weigher(run: Run) -> Callable[[Tensor], Tensor | None]:
     return lambda inputs: key_token_weights(inputs, key_tokens, settings.key_token_alpha)
 
 
-def begin(run: Run, state: TrainState, loader: ShardLoader, windows: Windows) -> Any:
+def begin(run: Run, state: TrainState, loader: BatchLoader, windows: Windows) -> Any:
     """Bring the state to where the run goes on, and say what is about to happen. Returns the model
     as updates call it; None where nothing is left to do."""
     settings, model = run.settings, state.model
@@ -366,7 +370,7 @@ def begin(run: Run, state: TrainState, loader: ShardLoader, windows: Windows) ->
     run.restore(settings, state, identity, models.architecture_of(model))
     if run.was_finished():
         return None
-    forward, is_compiled = wrapped(run, model)
+    forward, is_compiled = parallel.wrapped(model, settings, run.ranks, run.warn)
     setup = describe(
         settings, model, loader, identity=identity, ranks=run.ranks, dtype=precision(run)[0]
     )
@@ -378,20 +382,6 @@ def begin(run: Run, state: TrainState, loader: ShardLoader, windows: Windows) ->
     measure = evaluation(run, model, windows) if windows else None
     run.start(setup, measure, sampler(run, model))
     return forward
-
-
-def wrapped(run: Run, model: GPT) -> tuple[Any, bool]:
-    """The model as updates call it, compiled and with its gradients exchanged between ranks where
-    that is wanted and possible, and whether it is compiled."""
-    device, is_wanted = run.ranks.device, run.settings.compile
-    is_compiled = device.type == "cuda" if is_wanted is None else is_wanted
-    if is_compiled and (problem := distributed.compiler_problem(device)):
-        run.warn(f"--compile left out: {problem}")
-        is_compiled = False
-    forward: Any = torch.compile(model) if is_compiled else model
-    if run.ranks.world_size > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    return forward, is_compiled
 
 
 if __name__ == "__main__":

@@ -187,6 +187,8 @@ def parse(
     if getattr(args, "text", None):
         found = [problem for problem in found if not problem.startswith("--data_dir")]
         found += ["--text and --data_dir: give one of them"] * ("data_dir" in given)
+    if isinstance(args.data_dir, list):
+        found.append("--data_dir: train_gpt2.py trains on a mixture; this trainer takes one folder")
     if args.dtype == "float16" and device(args).type == "cpu":
         found.append(
             "--dtype float16: on a CPU this trainer would use another in silence; take bfloat16"

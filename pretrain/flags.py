@@ -277,6 +277,15 @@ def named_files(words: Iterable[str], alone: Collection[str] = ()) -> dict[str, 
     return found
 
 
+def wrong_files(flag: str, words: Iterable[str], taken: Collection[str] = ()) -> list[str]:
+    """What is wrong with the NAME=FILE of a flag, for names that are not `taken`: a line or none."""
+    try:
+        named = named_files(words)
+    except UserError as error:
+        return [f"{flag} {error}"]
+    return [f"{flag} {name}: this name is taken" for name in named if name in taken]
+
+
 def named_after_flags(folder: str, values: dict[str, Any]) -> str:
     """The folder with the value of a flag for each {flag} in its name; other braces stay.
 

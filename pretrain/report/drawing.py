@@ -70,7 +70,7 @@ class Line:
     """A line of a picture, as numbers. `faint`: behind another of the same numbers, smoothed."""
 
     run: int  # place among the runs
-    kind: str  # training or validation
+    kind: str  # training, validation, or the name of a source
     look: Look
     x: np.ndarray  # float64, finite
     y: np.ndarray
@@ -184,20 +184,27 @@ class Panel:
         self._add(Line(run, "training", self.looks[run][0], *thin(x, y)), width)
 
     def evaluations(
-        self, run: int, x: np.ndarray, y: np.ndarray, errors: np.ndarray | None = None
+        self,
+        run: int,
+        x: np.ndarray,
+        y: np.ndarray,
+        errors: np.ndarray | None = None,
+        *,
+        kind: str = "validation",
+        look: Look | None = None,
     ) -> None:
         """One number per evaluation, with dots while there are few, in a band of `errors` up and
-        down. nan: no point."""
+        down. nan: no point. look: another than the run's."""
         keep = np.isfinite(x) & np.isfinite(y)
         x, y = x[keep], y[keep]
-        look = self.looks[run][1]
+        look = look or self.looks[run][1]
         if errors is not None:
             errors = errors[keep]
             low, high = y - errors, y + errors
             self.axes.fill_between(x, low, high, color=look.color, alpha=0.18, linewidth=0)
-            self._add(Line(run, "validation", look, x, y, errors=errors), dots=True)
+            self._add(Line(run, kind, look, x, y, errors=errors), dots=True)
         else:
-            self._add(Line(run, "validation", look, *thin(x, y)), dots=True)
+            self._add(Line(run, kind, look, *thin(x, y)), dots=True)
 
     def _add(self, line: Line, width: float = STRONG, *, dots: bool = False) -> None:
         if not len(line.x):
@@ -263,11 +270,12 @@ def plain_log_ticks(axes: "Axes") -> None:
     axes.tick_params(which="minor", length=0)
 
 
-def legend(panel: Panel, kinds: tuple[dict, ...] = ()) -> None:
-    """Above the axes: the runs where there are several, and the kinds of lines."""
+def legend(panel: Panel, kinds: tuple[dict, ...] = (), *, named: bool = True) -> None:
+    """Above the axes: the runs where there are several and they are `named`, and the kinds of
+    lines."""
     from matplotlib.lines import Line2D
 
-    named = zip(panel.runs if len(panel.runs) > 1 else (), panel.looks, strict=False)
+    named = zip(panel.runs if named and len(panel.runs) > 1 else (), panel.looks, strict=False)
     # A label that begins with an underscore would be left out.
     entries = [
         {"label": f" {run.name}"[:40], "color": color, "linestyle": (0, dash) if dash else "-"}

@@ -169,7 +169,7 @@
       }
       found.push(svg("path", { d: path(x.map((_, i) => place(i))), fill: "none", stroke: color, "stroke-width": width,
         "stroke-dasharray": faint ? "" : dash.map(length => length * width).join(" "), opacity: faint ? 0.3 : 1 }));
-      if (!faint && (x.length === 1 || kind === "validation" && x.length <= 40))
+      if (!faint && (x.length === 1 || kind !== "training" && x.length <= 40))
         found.push(...x.map((v, i) => svg("circle", { cx: this.px(v), cy: this.py(y[i]), r: 2.6, fill: color })));
       return found;
     }

@@ -31,6 +31,7 @@ POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{hash}';"
     " base-uri 'none'; form-action 'none'"
 )
+KINDS = ("training", "validation")
 
 
 class Figure(NamedTuple):
@@ -107,6 +108,12 @@ def key_figures(run: Run) -> list[Figure]:
     figures.append(Figure("Steps", done, f"of {last:,}" if last else ""))
     tokens = run.tokens_at(np.array([float(step)]))[0] if step is not None else math.nan
     figures.append(Figure("Tokens", compact_number(tokens) if math.isfinite(tokens) else "–"))
+    for name, part in run.sources.items():
+        val_loss, seen = number(part.get("val_loss")), number(part.get("tokens"))
+        note = f"{number(part.get('epochs')):.2f} epochs"
+        note += f"; validation loss {val_loss:.4f}" if math.isfinite(val_loss) else ""
+        value = f"{compact_number(seen)} tokens" if math.isfinite(seen) else "–"
+        figures.append(Figure(f"Source {name}", value, note))
     val = column(run.evals, "val_loss")
     if np.isfinite(val).any():
         best = int(np.nanargmin(np.where(np.isfinite(val), val, np.nan)))
@@ -216,7 +223,7 @@ def _legend(runs: list[Run]) -> str:
             '<span data-of="training">thin: training</span>',
             '<span data-of="validation">with dots: validation</span>',
         ]
-    return f'<p id="legend">{"".join(shown)}</p>'
+    return f'<p class="legend" id="legend">{"".join(shown)}</p>'
 
 
 def _picture(plot: Plot, names: list[str]) -> str:
@@ -242,10 +249,18 @@ def _picture(plot: Plot, names: list[str]) -> str:
         f'<figure class="card{" wide" if plot.is_wide else ""}" id="plot-{escape(plot.name)}">'
         f"<h3>{escape(plot.title)}</h3><picture>{others}"
         f'<img alt="{escape(values.alt_text(plot, names))}" width="{width}" height="{height}"'
-        f' src="{_data(shown)}"></picture><figcaption>{escape(plot.caption)}</figcaption>'
+        f' src="{_data(shown)}"></picture>'
+        f"{_sources(plot)}<figcaption>{escape(plot.caption)}</figcaption>"
         f'<details class="numbers"><summary>Numbers</summary>{table(header, cells, "")}</details>'
         "</figure>"
     )
+
+
+def _sources(plot: Plot) -> str:
+    """A legend of its own for a picture whose lines are of other kinds than all others'."""
+    kinds = {line.kind: line.look for line in plot.lines if line.kind not in KINDS}
+    shown = (f"<span>{swatch(look)}{escape(name)}</span>" for name, look in kinds.items())
+    return f'<p class="legend">{"".join(shown)}</p>' if kinds else ""
 
 
 def _data(svg: str) -> str:

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.report.drawing import (
+    COLORS,
+    DASHES,
     INK,
+    Look,
     Panel,
     Plot,
     labels,
@@ -37,6 +40,7 @@ def plots(runs: list[Run]) -> list[Plot]:
     kinds = (
         ("loss", "Loss against steps", loss_by_steps, "lowest"),
         ("loss-tokens", "Loss against tokens", loss_by_tokens, "lowest"),
+        ("sources", "Validation loss by source", loss_by_sources, "lowest"),
         ("perplexity", "Validation perplexity", perplexity, "lowest"),
         ("bits-per-byte", "Bits per byte", bits_per_byte, "lowest"),
         ("accuracy", "Next-token accuracy", accuracy, "highest"),
@@ -110,6 +114,27 @@ def loss_by_tokens(panel: Panel) -> str | None:
     labels(panel.axes, "tokens trained on", "loss, nats per token", compact_x=True)
     legend(panel, line_kinds(panel))
     return "Logarithmic in tokens, from the first step on."
+
+
+def loss_by_sources(panel: Panel) -> str | None:
+    """Of mixtures: a line for each source; several runs have the same colours for one source."""
+    runs = panel.runs
+    names = sorted({name for run in runs for name in run.sources})
+    for i, run in enumerate(runs):
+        for name in run.sources:
+            values = column([r.get("sources", {}).get(name, {}) for r in run.evals], "val_loss")
+            place = names.index(name)
+            dash = DASHES[(i if len(runs) > 1 else place) % len(DASHES)]
+            look = Look(COLORS[place % len(COLORS)], dash)
+            panel.evaluations(i, column(run.evals, "step"), values, kind=name, look=look)
+    if not panel.lines:
+        return None
+    labels(panel.axes, "step", "loss, nats per token")
+    entries = (Look(COLORS[i % len(COLORS)], ()) for i in range(len(names)))
+    kinds = ({"label": f" {n}"[:40], "color": e.color} for n, e in zip(names, entries, strict=True))
+    legend(panel, tuple(kinds), named=False)
+    apart = "; strokes: one run after another" if len(runs) > 1 else ""
+    return f"On the validation windows of each source of the mixture{apart}."
 
 
 def perplexity(panel: Panel) -> str | None:

@@ -11,7 +11,10 @@ One JSON object a line, appended, never rewritten. Events:
     train    one line per --log_interval: step, loss, learning_rate, grad_norm, tokens,
     tokens_per_second, ...
     eval     train_loss, val_loss, perplexity, accuracy, bits_per_byte, and tasks: {name: {"n": ...,
-             "acc": ..., "acc_norm": ..., "style": ...}} for those that could be scored
+             "acc": ..., "acc_norm": ..., "style": ...}} for those that could be scored;
+             val_tokens where --val_tokens set them
+             Both have sources of a mixture: {name: {"tokens": ..., "epochs": ...}} that it was
+             trained on, in eval with its val_loss, train_loss, accuracy and bits_per_byte
     sample   prompt, and text: how the model continues it
     stop     why a run ended: finished, signal, not finite
 `step` counts the updates made so far; `tokens` the tokens they were made from. A run that was
@@ -36,6 +39,8 @@ from pretrain.report.schema import tasks_of
 
 FILE_NAME = "metrics.jsonl"
 COLUMNS = 80  # of a window that a log is read in
+# Loss and accuracy by set of windows, and the summaries of tasks by their names.
+Measured = tuple[dict[str, dict[str, float]], dict[str, Any]]
 
 
 class RunLog:
@@ -175,8 +180,9 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
         evaluated = ", ".join(f"{count:,} windows of {split}" for split, count in windows.items())
         evaluated += f" every {flags['eval_interval']:,} updates"
     known = setup["unigram_entropy"]
+    means = "weighted mean of the sources' unigram" if "sources" in setup else "unigram"
     unigram = (
-        "" if known is None else f"; {known:.2f} nats a token by frequency alone (unigram entropy)"
+        "" if known is None else f"; {known:.2f} nats a token by frequency alone ({means} entropy)"
     )
     peak = (
         f"peak {setup['peak_flops'] / 1e12:,.0f} TFLOP/s"
@@ -187,20 +193,71 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
         [
             f"model       {setup['parameters'] / 1e6:,.1f}M parameters: {model['n_layer']} layers,"
             f" {model['n_head']} heads, width {model['n_embd']}, context {block_size}",
-            f"data        {flags['data_dir']}: {setup['train_tokens']:,} tokens in"
-            f" {setup['train_shards']} shard{'s' * (setup['train_shards'] != 1)}{unigram}",
+            *_data_lines(setup, unigram),
             f"batch       {setup['tokens_per_step']:,} tokens: {flags['batch_size']} sequences x "
             f"{block_size}"
             f" x {setup['micro_steps']} micro-steps x {setup['processes']} process(es)",
             f"schedule    {flags['max_iters']:,} updates, {setup['max_tokens']:,} tokens, "
             f"{epochs:.2f}"
-            f" epochs; learning rate {setup['last_learning_rate']:.1e} at the end",
+            f" epochs{' of all sources together' * ('sources' in setup)};"
+            f" learning rate {setup['last_learning_rate']:.1e} at the end",
             f"evaluation  {evaluated}",
             f"device      {setup['device']}, {setup['dtype']}{', compiled' * setup['compiled']}, "
             f"{peak}",
             f"output      {flags['out_dir']}: {origin}",
         ]
     )
+
+
+def _data_lines(setup: dict[str, Any], unigram: str) -> list[str]:
+    tokens, shards = setup["train_tokens"], setup["train_shards"]
+    sources = setup.get("sources") or {}
+    where = f"{len(sources)} sources" if sources else setup["flags"]["data_dir"]
+    lines = [
+        f"data        {where}: {tokens:,} tokens in {shards} shard{'s' * (shards != 1)}{unigram}"
+    ]
+    width = max(map(len, sources), default=0)
+    for name, source in sources.items():
+        later = "".join(
+            f", {share:.4g} from step {step:,}" for step, share in source["shares_later"].items()
+        )
+        lines.append(
+            f"            {name:{width}s}  {source['share']:.4g} of each batch{later}:"
+            f" {source['folder']}, {source['tokens']:,} tokens, {source['epochs']:.2f} epochs at"
+            " the end"
+        )
+    return lines
+
+
+def eval_values(
+    measured: Measured, progress: dict[str, dict[str, float]], *, is_counted: bool
+) -> dict[str, Any]:
+    """The values of an "eval" record. measured: scores of "val" and "train", and in a mixture of
+    "val/web" and so on; progress: {source: {"tokens", "epochs"}} of a mixture; is_counted: whether
+    --val_tokens set how many tokens were scored, which is then told."""
+    scores, tasks = measured
+    val, names = scores["val"], ("accuracy", "bits_per_byte")
+    values: dict[str, Any] = {
+        "train_loss": scores["train"]["loss"],
+        "val_loss": val["loss"],
+        "perplexity": perplexity(val["loss"]),
+        **{name: val[name] for name in names if name in val},
+    }
+    if is_counted:
+        values["val_tokens"] = val["tokens"]
+    if tasks:
+        values["tasks"] = tasks
+    if progress:
+        values["sources"] = {
+            source: {
+                "val_loss": scores[f"val/{source}"]["loss"],
+                "train_loss": scores[f"train/{source}"]["loss"],
+                **{n: scores[f"val/{source}"][n] for n in names if n in scores[f"val/{source}"]},
+                **done,
+            }
+            for source, done in progress.items()
+        }
+    return values
 
 
 def perplexity(loss: float) -> float:
@@ -265,7 +322,7 @@ def eval_line(record: dict[str, Any], max_iters: int, columns: int = COLUMNS) ->
     """The console's line of an "eval" record.
 
     step   2000/600000 | val loss  3.2912 | train loss  3.2544 | ppl    26.87
-    | bits/byte 0.9731 | token accuracy 38.1%
+    | bits per byte 0.9731 | token accuracy 38.1%
 
     in one line, with "hellaswag 29.5% (10042)", acc_norm and the number of examples, for each task
     that there is, and how many contexts were cut to fit into the model. token accuracy: share of
@@ -279,7 +336,12 @@ def eval_line(record: dict[str, Any], max_iters: int, columns: int = COLUMNS) ->
         f"token accuracy {record['accuracy']:5.1%}",
     ]
     if record.get("bits_per_byte") is not None:
-        parts.insert(-1, f"bits/byte {schema.number(record['bits_per_byte']):6.4f}")
+        parts.insert(-1, f"bits per byte {schema.number(record['bits_per_byte']):.4f}")
+    for name, part in record.get("sources", {}).items():
+        tokens = part["tokens"]
+        size = f"{tokens / 1e6:,.1f}M" if tokens >= 1e6 else f"{tokens:,}"
+        done = f"{size} tokens, {part['epochs']:.2f} epochs"
+        parts.append(f"{name} {part['val_loss']:.4f} ({done})")
     for name, result in tasks_of(record).items():
         cut = f", {result['truncated']} contexts cut" if result.get("truncated") else ""
         parts.append(f"{name} {result['acc_norm']:5.1%} ({result['n']}{cut})")

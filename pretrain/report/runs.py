@@ -102,6 +102,15 @@ class Run:
         return [number(record.get("step")) for record in self.starts[1:]]
 
     @property
+    def sources(self) -> dict[str, Record]:
+        """Of a mixture: {source: the last numbers of it, tokens, epochs and losses}."""
+        found: dict[str, Record] = {}
+        for record in (*self.evals[-1:], *self.train[-1:]):
+            for name, part in record.get("sources", {}).items():
+                found[name] = found.get(name, {}) | part
+        return found
+
+    @property
     def last_step(self) -> int | None:
         steps = [record["step"] for record in (*self.train[-1:], *self.evals[-1:])]
         return int(max(steps)) if steps else None

@@ -1,12 +1,15 @@
 """The flags of train_gpt2.py: each declared once, with its unit, its default and its help."""
 
 import argparse
+from typing import Any
 
 from pretrain.flags import AMOUNT, COUNT, REAL, SEED, SHARE, Gather
 from pretrain.tokens.shards import DEFAULT_DATA_DIR
+from pretrain.train.mixture import is_mixture
 
 MODELS = ("gpt2", "modern")  # pretrain.models.ARCHITECTURES, named without loading torch
 OPTIMIZERS, SCHEDULES = ("adamw", "muon"), ("cosine", "trapezoid")  # those of pretrain.train.optim
+PARALLEL = ("ddp", "fsdp")
 
 # A flag on the command line puts these of a --config file out of force.
 OVERRIDES = {
@@ -17,6 +20,19 @@ OVERRIDES = {
     "total_batch_tokens": {"gradient_accumulation_steps"},
     "gradient_accumulation_steps": {"total_batch_tokens"},
 }
+
+
+class _Folders(argparse.Action):
+    """One folder as a string, a mixture as a list."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values if is_mixture(values) else values[0])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
              "of this program, or a folder in Hugging Face's format; sizes come with the weights "
              "(scratch)")
     add = parser.add_argument_group("data").add_argument
-    add("--data_dir", default=DEFAULT_DATA_DIR, metavar="DIR", help=f"shards ({DEFAULT_DATA_DIR})")
+    add("--data_dir", action=_Folders, nargs="+", default=DEFAULT_DATA_DIR, metavar="DIR",
+        help=f"shards ({DEFAULT_DATA_DIR}), .npy or .bin; or a mixture, NAME=FOLDER:WEIGHT for "
+             "each source, such as web=data/fineweb:0.7 books=data/books:0.3. Weights are "
+             "relative; books=data/books:0.3@10000:0.6 changes one at step 10,000. After "
+             "every update each source has had its share to within one sequence, shuffled through "
+             "its own epochs; validation losses are reported for each source and, as val, weighted "
+             "by the shares of that step")
     add("--data", nargs="+", metavar="PATH",
         help="one's own text instead: files, folders or patterns as for fineweb.py --source. Their "
              "shards go to OUT_DIR/data: the first tenth of the tokens for validation, the rest "
@@ -89,8 +111,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="updates in all; raise it to go on with a finished run (%(default)s)")
     add("--epochs", type=REAL, default=0, metavar="N",
         help="instead of --max_iters: until every training window was used N times (0.5: half of "
-             "them). The cosine ends there too, and the warmup takes a tenth of it at most, unless "
-             "their flags are given (%(default)s: by --max_iters)")
+             "them; of a mixture, as many as its sources hold together). The cosine ends there "
+             "too, and the warmup takes a tenth of it at most, unless their flags are "
+             "given (%(default)s: by --max_iters)")
     add("--learning_rate", type=REAL, default=6e-4, metavar="LR",
         help="highest learning rate (%(default)s)")
     add("--min_lr", type=REAL, default=6e-5, metavar="LR",
@@ -110,6 +133,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval_iters", type=COUNT, default=200, metavar="N",
         help="batches of --batch_size sequences in an evaluation, shared out among the processes: "
              "the first of the val shards, and as many spread over the train shards (%(default)s)")
+    add("--val_tokens", type=AMOUNT, default=0, metavar="N",
+        help="score exactly the first N tokens of val, of each source in a mixture, in whole "
+             "windows, whatever --eval_iters says: 10485760 is what llm.c and modded-nanogpt do on "
+             "FineWeb (%(default)s: by --eval_iters)")
     add("--early_stopping", type=AMOUNT, default=0, metavar="PATIENCE",
         help="end the run after so many evaluations in a row without a new lowest validation loss; "
              "best_val_loss.pt has that (%(default)s: never)")
@@ -147,6 +174,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action=switch, default=None,
         help="torch.compile: a minute at the start, then faster steps; on a CPU it needs a C++ "
              "compiler (on for cuda)")
+    add("--parallel", choices=PARALLEL, default="ddp",
+        help="several processes: ddp, a whole model on each, or fsdp, of weights, gradients and "
+             "moments a part on each, for what does not fit one GPU (%(default)s)")
+    add("--reshard_after_forward", action=switch, default=True,
+        help="fsdp gathers a block's weights twice, for forward and for backward; else they stay "
+             "whole in between: more memory, less traffic (on)")
     add("--gradient_checkpointing", action=switch, default=False,
         help="recompute activations: much less memory, a third more time (off)")
     add = parser.add_argument_group("run").add_argument
@@ -163,6 +196,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="updates between saves of resume.pt (%(default)s: by time only)")
     add("--checkpoint_minutes", type=REAL, default=15, metavar="M",
         help="minutes between saves of resume.pt (%(default)s; 0: never)")
+    add("--async_save", action=switch, default=True,
+        help="write checkpoints behind training, from a copy in main memory as large as the file; "
+             "else training waits for the disk (on)")
     add("--log_interval", type=COUNT, default=10, metavar="N",
         help="updates between log lines (%(default)s)")
     add("--tensorboard", action=switch, default=False,

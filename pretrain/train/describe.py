@@ -9,16 +9,15 @@ import torch
 from pretrain import __version__, distributed
 from pretrain.distributed import Ranks
 from pretrain.report.runlog import provenance
-from pretrain.tokens.owntext import unigram_entropy
-from pretrain.tokens.shards import data_fingerprint
-from pretrain.train.loader import ShardLoader
+from pretrain.train.data import TrainingData, describe_data
+from pretrain.train.loader import BatchLoader
 from pretrain.train.settings import TrainSettings
 
 
 def describe(
     settings: TrainSettings,
     model: Any,
-    loader: ShardLoader,
+    loader: BatchLoader,
     *,
     identity: dict[str, Any],
     ranks: Ranks,
@@ -26,24 +25,22 @@ def describe(
 ) -> dict[str, Any]:
     """What is about to happen, for config.json, the log and the console."""
     name = distributed.device_name(ranks.device)
-    tokens_per_step = loader.global_batch * loader.windows.block_size
+    tokens_per_step = loader.global_batch * loader.block_size
+    data = TrainingData(settings.data_dir)
     return {
         "version": __version__,
         "flags": settings.flags,
         "model_config": asdict(model.config),
         "parameters": model.num_parameters(),
         "run": identity,
-        "data_fingerprint": data_fingerprint(settings.data_dir),
+        "data_fingerprint": data.fingerprint(),
         "device": name,
         "dtype": str(dtype).removeprefix("torch."),
         "processes": ranks.world_size,
         "micro_steps": loader.shape[0],
         "tokens_per_step": tokens_per_step,
-        "steps_per_epoch": loader.steps_per_epoch,
         "max_tokens": settings.max_iters * tokens_per_step,
-        "train_shards": len(loader.windows.paths),
-        "train_tokens": loader.windows.num_tokens,
-        "unigram_entropy": unigram_entropy(loader.windows.paths),
+        **describe_data(data, loader, settings.max_iters),
         "peak_flops": distributed.peak_flops(name, dtype),
         **provenance(),
     }

@@ -22,7 +22,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -130,49 +130,63 @@ class TokenWindows:
         )
 
 
-class ShardLoader:
-    """This rank's share of every step's batch. See the top of the file for the order of windows."""
+class BatchLoader:
+    """This rank's share of every step's batch, from where the subclass finds the windows at given
+    positions: read() and read_ahead()."""
+
+    stride: int  # tokens between the starts of neighbouring windows
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
         *,
         batch_size: int,
         block_size: int,
         accumulation_steps: int = 1,
         rank: int = 0,
         world_size: int = 1,
-        seed: int = 1337,
-        shuffle: bool = True,
-        stride: int | None = None,
-        vocab_size: int = 2**16,
         pin_memory: bool = False,
     ):
         """batch_size: sequences per rank and micro-step. pin_memory: batches in page-locked memory,
-        from which a GPU copies while it computes. shuffle=False: file order, every epoch. Raises
-        ShardError like TokenWindows."""
-        self.windows = TokenWindows(
-            paths, block_size=block_size, stride=stride, vocab_size=vocab_size
-        )
+        from which a GPU copies while it computes."""
         self.shape = (accumulation_steps, batch_size, block_size + 1)
         self.global_batch = accumulation_steps * batch_size * world_size  # sequences per step
-        self.seed, self.shuffle, self.pin_memory = seed, shuffle, pin_memory
+        self.block_size, self.pin_memory = block_size, pin_memory
         # Positions within a step's global batch, micro-step after micro-step and in each of them
         # rank after rank. A step is their whole, so it is the same for any split of its batch.
         micro_steps = np.arange(accumulation_steps) * world_size + rank
         self._share = (micro_steps[:, None] * batch_size + np.arange(batch_size)).reshape(-1)
-        self._pool_ahead: tuple[int, int] | None = None
-        # Two epochs, since a batch may span their border; the pools of both, and those read ahead.
-        self._epoch: Callable[[int], tuple[int, np.ndarray]] = lru_cache(2)(self._make_epoch)
-        self._pool: Callable[[int, int], np.ndarray] = lru_cache(4)(self._make_pool)
+
+    @property
+    def parts(self) -> Mapping[str, "ShardLoader"]:
+        """The sources by name; a loader of one folder has one, without a name."""
+        raise NotImplementedError
 
     @property
     def windows_per_epoch(self) -> int:
-        return len(self.windows)
+        """Of all sources together."""
+        return sum(len(part.windows) for part in self.parts.values())
 
     @property
     def steps_per_epoch(self) -> float:
-        return len(self.windows) / self.global_batch
+        return self.windows_per_epoch / self.global_batch
+
+    def progress(self, step: int) -> dict[str, dict[str, float]]:
+        """{source: {"tokens": trained on before this step, "epochs": how often it was used}} of a
+        mixture."""
+        return {}
+
+    def shares(self, step: int) -> dict[str, float]:
+        """What each source of a mixture has of this step's batch."""
+        return {}
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        """uint16 (len(positions), block_size + 1) at positions (int64, any order) that count
+        through the whole run."""
+        raise NotImplementedError
+
+    def read_ahead(self, position: int, pools: int) -> None:
+        """Have what is used so many pools after this position read into memory; a hint."""
+        raise NotImplementedError
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """x and y, int64 (accumulation_steps, batch_size, block_size); views of one tensor. Depends
@@ -189,16 +203,18 @@ class ShardLoader:
         """batch(step), batch(step + 1), ... without end, on the device, made ahead by a thread.
         Close the iterator (contextlib.closing) to end the thread. What goes wrong in the thread is
         raised here."""
-        steps = max(1, READ_AHEAD_TOKENS // (self._share.size * self.shape[-1]))  # made at a time
+        steps = READ_AHEAD_TOKENS // (self._share.size * self.shape[-1])  # made at a time
+        # A text of some pages has thousands of epochs in so many tokens: one of them is enough.
+        steps = max(1, min(steps, int(self.steps_per_epoch)))
         # One made and one in the making is enough: the thread is faster than any training.
         made: queue.Queue = queue.Queue(maxsize=2)
         closed = threading.Event()
 
         def work(step: int) -> None:
             try:
-                self._read_pool_ahead(step * self.global_batch)
+                self.read_ahead(step * self.global_batch, pools=0)
                 while not closed.is_set():
-                    self._read_pool_ahead(step * self.global_batch + CHUNK_WINDOWS * POOL_CHUNKS)
+                    self.read_ahead(step * self.global_batch, pools=1)
                     tokens = self._tokens(step, steps)
                     put(page_locked(tokens) if self.pin_memory else tokens)
                     step += steps
@@ -229,6 +245,58 @@ class ShardLoader:
             closed.set()
             thread.join()
 
+    def _tokens(self, step: int, steps: int) -> np.ndarray:
+        """This rank's tokens of some steps, uint16 (steps, *self.shape)."""
+        positions = (
+            np.arange(step, step + steps)[:, None] * self.global_batch + self._share
+        ).reshape(-1)
+        return self.read(positions).reshape(steps, *self.shape)
+
+
+class ShardLoader(BatchLoader):
+    """Batches from the shards of one folder. See the top of the file for the order of windows."""
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        batch_size: int,
+        block_size: int,
+        accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 1337,
+        shuffle: bool = True,
+        stride: int | None = None,
+        vocab_size: int = 2**16,
+        pin_memory: bool = False,
+    ):
+        """Like BatchLoader and TokenWindows. shuffle=False: file order, every epoch. Raises
+        ShardError like TokenWindows."""
+        self.windows = TokenWindows(
+            paths, block_size=block_size, stride=stride, vocab_size=vocab_size
+        )
+        super().__init__(
+            batch_size=batch_size,
+            block_size=block_size,
+            accumulation_steps=accumulation_steps,
+            rank=rank,
+            world_size=world_size,
+            pin_memory=pin_memory,
+        )
+        self.seed, self.shuffle, self.stride = seed, shuffle, self.windows.stride
+        self._pool_ahead: tuple[int, int] | None = None
+        # Two epochs, since a batch may span their border; the pools of both, and those read ahead.
+        self._epoch: Callable[[int], tuple[int, np.ndarray]] = lru_cache(2)(self._make_epoch)
+        self._pool: Callable[[int, int], np.ndarray] = lru_cache(4)(self._make_pool)
+
+    @property
+    def parts(self) -> Mapping[str, "ShardLoader"]:
+        return {"": self}
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        return self.windows.read(self.order(positions))
+
     def order(self, positions: np.ndarray) -> np.ndarray:
         """Window numbers at these positions (int64, any order), counted through all epochs from
         0."""
@@ -247,13 +315,6 @@ class ShardLoader:
                 places[here] % pool_windows
             ]
         return windows
-
-    def _tokens(self, step: int, steps: int) -> np.ndarray:
-        """This rank's tokens of some steps, uint16 (steps, *self.shape)."""
-        positions = (
-            np.arange(step, step + steps)[:, None] * self.global_batch + self._share
-        ).reshape(-1)
-        return self.windows.read(self.order(positions)).reshape(steps, *self.shape)
 
     def _make_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
         """How far the epoch's windows are rotated, and its chunks in order, the one that is not
@@ -279,8 +340,9 @@ class ShardLoader:
         order = np.argsort(_random_bits((self.seed, epoch, pool), len(windows)), kind="stable")
         return (windows[order] + rotation) % len(self.windows)
 
-    def _read_pool_ahead(self, position: int) -> None:
-        """Have the pool that holds this position read into memory; once."""
+    def read_ahead(self, position: int, pools: int) -> None:
+        """Have the pool so many after that of this position read into memory; once."""
+        position += pools * CHUNK_WINDOWS * POOL_CHUNKS
         epoch, place = divmod(position, len(self.windows))
         pool = place // (CHUNK_WINDOWS * POOL_CHUNKS)
         if not self.shuffle or (epoch, pool) == self._pool_ahead:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError, say
-from pretrain.flags import AMOUNT, COUNT, LARGEST, named_after_flags, named_files, parse_with_config
+from pretrain.flags import AMOUNT, COUNT, LARGEST, named_after_flags, parse_with_config, wrong_files
 from pretrain.rendezvous import RankError, environment, is_first_rank
 from pretrain.report import trackers
 from pretrain.text.source import SourceError
@@ -24,6 +24,7 @@ from pretrain.tokens.shards import ShardError, find_shards
 from pretrain.tokens.tokenizer import TokenizerUnavailable
 from pretrain.train.arguments import OVERRIDES, build_parser
 from pretrain.train.keytokens import KeyTokenError, read_key_tokens
+from pretrain.train.mixture import read_mixture
 
 __all__ = ["AMOUNT", "COUNT", "OVERRIDES", "TrainSettings", "build_parser", "resolve"]
 MOST_SAMPLED = 100_000  # tokens: training waits for them
@@ -61,7 +62,7 @@ class TrainSettings:
     bias: bool
     init_from: str
     # data
-    data_dir: str
+    data_dir: str | list[str]  # a list: the sources of a mixture
     data: list[str] | None
     stride: int
     shuffle: bool
@@ -87,6 +88,7 @@ class TrainSettings:
     # evaluation
     eval_interval: int
     eval_iters: int
+    val_tokens: int
     early_stopping: int
     eval_only: bool
     hellaswag: bool
@@ -103,6 +105,8 @@ class TrainSettings:
     device: str
     dtype: str
     compile: bool | None
+    parallel: str
+    reshard_after_forward: bool
     gradient_checkpointing: bool
     # run
     out_dir: str
@@ -110,6 +114,7 @@ class TrainSettings:
     keep_checkpoints: int
     checkpoint_interval: int
     checkpoint_minutes: float
+    async_save: bool
     log_interval: int
     tensorboard: bool
     wandb: bool
@@ -255,15 +260,7 @@ def problems_of(settings: TrainSettings) -> list[str]:
         problems.append(f"--resume {settings.resume}: no such file (and neither auto nor never)")
     if settings.hellaswag_data and not os.path.isfile(settings.hellaswag_data):
         problems.append(f"--hellaswag_data {settings.hellaswag_data}: no such file")
-    return problems + _check_tasks(settings)
-
-
-def _check_tasks(settings: TrainSettings) -> list[str]:
-    try:
-        named = named_files(settings.task or ())
-    except UserError as error:
-        return [f"--task {error}"]
-    return ["--task hellaswag: that name is taken; see --hellaswag_data"] * ("hellaswag" in named)
+    return problems + wrong_files("--task", settings.task or (), taken=("hellaswag",))
 
 
 def _check_numbers(settings: TrainSettings) -> list[str]:
@@ -307,6 +304,8 @@ def _check_exclusive(settings: TrainSettings) -> list[str]:
         problems.append("--data and --data_dir: give one of them")
     if settings.early_stopping and not settings.eval_interval:
         problems.append("--early_stopping: needs evaluations, but --eval_interval is 0")
+    if settings.val_tokens and not settings.is_evaluated:
+        problems.append("--val_tokens: needs evaluations, but --eval_interval is 0")
     return problems
 
 
@@ -367,11 +366,28 @@ def _check_data(settings: TrainSettings) -> list[str]:
             if len(data) > 1 or not is_shard_folder(data[0]):
                 open_text(data, Path(settings.out_dir))
                 return []
-        for split in ("train", "val") if settings.is_evaluated else ("train",):
-            find_shards(data[0] if data else settings.data_dir, split)
+        elif isinstance(settings.data_dir, list):
+            return _check_mixture(settings.data_dir, settings.is_evaluated)
+        _find_all(data[0] if data else settings.data_dir, settings.is_evaluated)
     except (SourceError, ShardError) as error:
         return [f"--{'data' if data else 'data_dir'} {error}"]
     return []
+
+
+def _find_all(folder: Any, is_evaluated: bool) -> None:
+    """Raises ShardError where a folder lacks shards that the run needs."""
+    for split in ("train", "val") if is_evaluated else ("train",):
+        find_shards(folder, split)
+
+
+def _check_mixture(words: list[str], is_evaluated: bool) -> list[str]:
+    sources, problems = read_mixture(words)
+    for source in sources:
+        try:
+            _find_all(source.folder, is_evaluated)
+        except ShardError as error:
+            problems.append(f"{source.name}: {error}")
+    return [f"--data_dir {problem}" for problem in problems]
 
 
 def _check_key_tokens(settings: TrainSettings) -> list[str]:

@@ -10,11 +10,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from upload_hub import UploadHub
 
 from adapters import huggingface
+from adapters.model_card import model_card, training_record
 from model import GPT, GPTConfig, load_checkpoint
 from pretrain.report.runlog import RunLog
 from pretrain.tokens.shards import Manifest, Shard
@@ -380,9 +382,7 @@ def push(tmp_path_factory):
             "NO_PROXY": "127.0.0.1",
         }
         command = [sys.executable, "-m", "adapters.huggingface", "push", *map(str, argv)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, check=False
-        )
+        done = forked.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
         assert token not in done.stdout + done.stderr
         return done
 
@@ -426,6 +426,20 @@ def test_push_creates_a_repository_with_the_export_and_a_card_of_the_run(
     facts += ["| 20 | 2,560 | 6.9000 | 7.0000 |", "| completion | 20 | 10,042 | 0.2510 | 0.2700 |"]
     assert [fact for fact in facts if fact not in card.text] == []
     assert "6.0000" not in card.text and "_dir" not in card.text
+
+
+def test_the_card_of_a_model_that_was_trained_on_a_mixture_has_every_source(
+    run_folder, model, tmp_path
+):
+    words = [f"web={run_folder / 'data'}:0.7@9:0.5", f"books={tmp_path / 'gone'}:0.3"]
+    record = training_record(model, {"config": {"data_dir": words}}, tmp_path / "a.pt")
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    (tmp_path / "config.json").write_text(json.dumps(dict.fromkeys(sizes, 1)))
+    card = model_card(tmp_path, "somebody/tiny")
+    assert "| web | 0.7, 0.5 from step 9 | example/web-text sample train c0ffee | 5,000 |" in card
+    assert "| books | 0.3 |  |  |" in card and str(tmp_path) not in card
+    assert "datasets:\n- example/web-text" in card
 
 
 def test_push_to_a_repository_that_exists(push, exported, tmp_path):

@@ -5,12 +5,12 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from free_port import free_port
@@ -296,9 +296,7 @@ def found(tmp_path_factory):
         "OMP_NUM_THREADS": "1",
     }
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env={**os.environ, **shared, "RANK": str(rank)}
-        )
+        forked.Popen([sys.executable, "-c", code], env={**os.environ, **shared, "RANK": str(rank)})
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
