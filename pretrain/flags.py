@@ -278,7 +278,7 @@ def named_files(words: Iterable[str], alone: Collection[str] = ()) -> dict[str, 
 
 
 def wrong_files(flag: str, words: Iterable[str], taken: Collection[str] = ()) -> list[str]:
-    """What is wrong with the NAME=FILE of a flag, for names that are not `taken`: a line or none."""
+    """What is wrong with the NAME=FILE words of a flag, or with names that are `taken`."""
     try:
         named = named_files(words)
     except UserError as error:
