@@ -34,6 +34,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,20 +45,21 @@ from pretrain import distributed, models
 from pretrain.distributed import Ranks, seed_dropout
 from pretrain.eval import validation
 from pretrain.eval.sampling import TrainingSamples
-from pretrain.eval.tasks import HellaSwag, open_tasks, parse_tasks
+from pretrain.eval.tasks import tasks_of
 from pretrain.eval.validation import Windows, evaluated_windows
 from pretrain.report.console import silent
 from pretrain.report.runlog import Measured, scores_block
-from pretrain.tokens.owntext import prepare
 from pretrain.train import checkpoint as checkpoints
-from pretrain.train import parallel
+from pretrain.train import memory, parallel
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.data import TrainingData
 from pretrain.train.describe import describe
+from pretrain.train.folders import local_folders
 from pretrain.train.keytokens import key_token_weights, load_key_tokens
 from pretrain.train.loader import BatchLoader
 from pretrain.train.optim import SCHEDULES, make_optimizer
 from pretrain.train.run import Run
+from pretrain.train.speed import Profile, attention, choose_compiler, configure
 from pretrain.train.state import TrainState, read_on_first
 from pretrain.train.stopping import FiniteGuard
 from pretrain.weights import Damaged
@@ -87,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(settings: TrainSettings, ranks: Ranks) -> int:
     """The run that the settings describe. Returns the exit status."""
     with Run(settings, ranks) as run:
+        run.enter(attention(settings.attention, ranks.device))
         model, block_size = initial_model(run)
         loader, windows = open_data(run, block_size, model.config.vocab_size)
         if settings.eval_only:
@@ -100,6 +103,7 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
         guard = FiniteGuard(ranks, scaler)
         prefetched: Any = loader.prefetch(state.step, device=ranks.device)
         batches = run.enter(closing(prefetched))
+        profile = run.enter(Profile(settings.profile * ranks.is_first, run.out_dir, run.say))
 
         run.evaluate_if_due()
         while not run.is_over():
@@ -136,6 +140,7 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
             optimizer.zero_grad(set_to_none=True)
             # ----------------------------------------------------------------------------------
             run.advance(loss, grad_norm)
+            profile.step()
             run.evaluate_if_due()
         return run.finish()
 
@@ -160,7 +165,7 @@ def initial_model(run: Run) -> tuple[GPT, int]:
         sizes = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
         make = partial(new_model, config(**{name: getattr(settings, name) for name in sizes}))
     model = parallel.placed(make, settings, ranks, precision(run)[0])
-    model.gradient_checkpointing = settings.gradient_checkpointing
+    configure(model, settings, precision(run)[0])
     asked = "block_size" in settings.asked_sizes
     return model, settings.block_size if asked else model.config.block_size
 
@@ -205,8 +210,13 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[BatchLoader, 
     updates --epochs are."""
     settings, ranks = run.settings, run.ranks
     if settings.data:
+        from pretrain.tokens.owntext import prepare  # loads pyarrow
+
         folder = ranks.on_every_disk(prepare, settings.data, run.out_dir / "data")
         settings = replace(settings, data_dir=str(folder))
+    cache = Path(settings.data_cache), settings.data_cache_gb * 10**9
+    folders = ranks.together(local_folders, settings.data_dir, *cache, block_size)
+    settings = replace(settings, data_dir=folders)
     # Each node may have a disk of its own: its processes share out what lies there.
     here = ranks.node_ranks
     place, count = here.index(ranks.rank), len(here)
@@ -256,17 +266,15 @@ def identity_of(settings: TrainSettings, model: GPT, loader: BatchLoader) -> dic
     }
 
 
-def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
+def evaluation(
+    run: Run, model: GPT, sets: Windows, compiler: Callable[[Any], Any] | None = None
+) -> Callable[[], Measured]:
     """A function that measures the model as it is then. It uses `model`, which is neither compiled
-    nor wrapped: the same weights, and any shape."""
+    nor wrapped: the same weights, and any shape; --compile_eval compiles the loss alone."""
     settings, ranks = run.settings, run.ranks
     dtype, autocast = precision(run)
-    is_chosen = "hellaswag_limit" in settings.given or ranks.device.type == "cuda"
-    limit = settings.hellaswag_limit if is_chosen else 200
-    tasks = open_tasks(parse_tasks(settings.task or []), limit) if sets else []
-    if sets and settings.hellaswag:
-        wait = None if settings.eval_only else 2.0
-        tasks.insert(0, HellaSwag(settings.hellaswag_data, limit, wait_seconds=wait))
+    score = compiler(model.score) if compiler and settings.compile_eval else None
+    tasks = tasks_of(settings, ranks.device) if sets else []
 
     @parallel.gathered(model)
     def measure() -> Measured:
@@ -279,6 +287,7 @@ def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
             autocast=autocast,
             interrupted=is_set,
             progress=progress,
+            score=score,
         )
         scores = validation.weighted(scores, run.shares())
         summaries = {
@@ -370,16 +379,18 @@ def begin(run: Run, state: TrainState, loader: BatchLoader, windows: Windows) ->
     run.restore(settings, state, identity, models.architecture_of(model))
     if run.was_finished():
         return None
-    forward, is_compiled = parallel.wrapped(model, settings, run.ranks, run.warn)
+    compiler = choose_compiler(settings, run.ranks.device, run.warn)
+    forward = parallel.wrapped(model, settings, run.ranks, compiler)
     setup = describe(
         settings, model, loader, identity=identity, ranks=run.ranks, dtype=precision(run)[0]
     )
     setup |= {
-        "compiled": is_compiled,
+        "compiled": compiler is not None,
+        "memory": memory.estimate(settings, state, loader.block_size, precision(run)[0]),
         "last_learning_rate": schedule(settings)(settings.max_iters - 1),
         "evaluated_windows": {name: len(numbers) for name, (_, numbers) in windows.items()},
     }
-    measure = evaluation(run, model, windows) if windows else None
+    measure = evaluation(run, model, windows, compiler) if windows else None
     run.start(setup, measure, sampler(run, model))
     return forward
 

@@ -112,6 +112,7 @@ class Sandbox:
         words = [sys.executable, *start, *words[1:], *more.split()]
         done = forked.run(
             words,
+            popen=forked.AdapterPopen if "adapters" in program else forked.Popen,
             cwd=self.folder,
             env=self.environment,
             input=stdin,

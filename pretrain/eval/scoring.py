@@ -160,11 +160,14 @@ def _accuracies(losses: np.ndarray, lengths: np.ndarray, labels: np.ndarray) -> 
 def _bar(batches: Sequence, name: str) -> Iterator[Callable]:
     """A progress bar, on a terminal only, with the accuracy over what this rank has scored so
     far."""
+    if not name:
+        yield lambda *_: None
+        return
     from tqdm import tqdm
 
     total = sum(len(choices) for batch in batches for row in batch for choices in row.choices)
     seen: set[int] = set()
-    with tqdm(total=total, unit=" endings", desc=name, disable=None if name else True) as bar:
+    with tqdm(total=total, unit=" endings", desc=name, disable=None) as bar:
 
         def show(
             scores: engine.Scores, losses: np.ndarray, lengths: np.ndarray, labels: np.ndarray

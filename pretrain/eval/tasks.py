@@ -30,6 +30,7 @@ from pretrain.flags import named_files
 from pretrain.report.console import silent
 from pretrain.report.known import title
 from pretrain.tokens.tokenizer import TokenizerUnavailable, load_encoding
+from pretrain.train.settings import TrainSettings
 
 
 class Task(Protocol):
@@ -154,7 +155,7 @@ class HellaSwag(MultipleChoice):
 
     def _download(self) -> None:
         # Its retries are not for the console of a run.
-        logging.getLogger("pretrain.text.remote").setLevel(logging.ERROR)
+        logging.getLogger("pretrain.text.ranges").setLevel(logging.ERROR)
         try:
             ensure_data()
             self._is_here = True
@@ -193,4 +194,15 @@ def open_tasks(
             tasks.append(TASKS[name](file, limit, wait_seconds=wait_seconds))
         elif file is not None:
             tasks.append(MultipleChoice(name, file, limit))
+    return tasks
+
+
+def tasks_of(settings: TrainSettings, device: torch.device) -> list[Task]:
+    """The tasks of a training run, on every rank: HellaSwag where it is wanted, and each --task."""
+    is_chosen = "hellaswag_limit" in settings.given or device.type == "cuda"
+    limit = settings.hellaswag_limit if is_chosen else 200
+    tasks = open_tasks(parse_tasks(settings.task or []), limit)
+    if settings.hellaswag:
+        wait = None if settings.eval_only else 2.0
+        tasks.insert(0, HellaSwag(settings.hellaswag_data, limit, wait_seconds=wait))
     return tasks

@@ -112,9 +112,6 @@ def report(args: argparse.Namespace) -> int:
         found = _found(runs)
         write_report(runs, found, page)
         tables = write_tables(runs, args.csv, args.md)
-    except ModuleNotFoundError as error:
-        _say([f"{error.name} is missing: pip install -r requirements.txt"])
-        return 1
     except BrokenPipeError:
         raise
     except OSError as error:

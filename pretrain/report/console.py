@@ -14,10 +14,9 @@ import textwrap
 import time
 from typing import Any
 
-from tqdm import tqdm
-
 from pretrain.errors import release_stdout
-from pretrain.report.runlog import COLUMNS, train_line
+from pretrain.report.lines import COLUMNS, train_line
+from pretrain.report.runlog import duration
 
 SAMPLE_CHARACTERS = 200  # of a sample on the console; metrics.jsonl has all of it
 # tqdm's own, without its steps per second: tokens per second say more.
@@ -46,14 +45,18 @@ class Console:
         """enabled=False shows nothing: for all ranks but the first."""
         self.enabled, self.max_iters = enabled, max_iters
         self._first_step, self._started, self._drawn = step, time.monotonic(), 0.0
-        self.bar = tqdm(
-            total=max_iters,
-            initial=step,
-            bar_format=BAR,
-            dynamic_ncols=True,
-            file=sys.stdout,
-            disable=not (enabled and sys.stdout.isatty()),
-        )
+        self._is_estimated = False
+        self.bar: Any = None  # only on a terminal
+        if enabled and sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=max_iters,
+                initial=step,
+                bar_format=BAR,
+                dynamic_ncols=True,
+                file=sys.stdout,
+            )
 
     def say(self, text: str) -> None:
         """A line that stays, above the bar where there is one. A reader of stdout that goes away
@@ -61,7 +64,7 @@ class Console:
         if not self.enabled:
             return
         try:
-            if self.bar.disable:
+            if self.bar is None:
                 print(text, flush=True)
             else:
                 self.bar.write(text, file=sys.stdout)
@@ -75,8 +78,9 @@ class Console:
         """A "train" record as a line, or as the state of the bar."""
         if not self.enabled:
             return
-        if self.bar.disable:
+        if self.bar is None:
             self.say(train_line(record, self.max_iters, self._times(record["step"]), columns()))
+            self._estimate(record)
             return
         parts = [
             f"loss {record['loss']:.4f}",
@@ -93,7 +97,7 @@ class Console:
     def progress(self, what: str, done: int, total: int) -> None:
         """How far an evaluation is, before the bar: "val 3/50"; nothing where done is total."""
         now = time.monotonic()
-        if not self.enabled or self.bar.disable:
+        if not self.enabled or self.bar is None:
             return
         if done < total and now - self._drawn < REDRAWN_EVERY:
             return
@@ -113,10 +117,22 @@ class Console:
         return parts
 
     def _times(self, step: int) -> str:
-        """Elapsed, and remaining at the speed so far with all evaluations: 4:25, 44:03:10 left."""
+        """Elapsed, and what is left at the speed so far, evaluations included."""
         elapsed = time.monotonic() - self._started
-        remaining = elapsed * (self.max_iters - step) / max(step - self._first_step, 1)
-        return f"{tqdm.format_interval(elapsed)}, {tqdm.format_interval(remaining)} left"
+        left = elapsed * (self.max_iters - step) / max(step - self._first_step, 1)
+        return f"{duration(elapsed)}, {duration(left)} left"
+
+    def _estimate(self, record: dict[str, Any]) -> None:
+        """Once, where no bar shows it: how long the rest takes at the speed of the first line."""
+        left = self.max_iters - record["step"]
+        if self._is_estimated or left <= 0:
+            return
+        self._is_estimated = True
+        seconds = left * record["milliseconds_per_step"] / 1000
+        self.say(
+            f"about {duration(seconds)} for the other {left:,} updates at this speed, and the"
+            " evaluations besides"
+        )
 
     def sample(self, record: dict[str, Any]) -> None:
         """The beginning of a "sample" record's text, on one line."""
@@ -126,10 +142,12 @@ class Console:
         self.say(f"step {record['step']:{width}d}/{self.max_iters} | {text}")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self.bar.close()
+        if self.bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self.bar.close()
 
     def _fall_silent(self) -> None:
         self.enabled = False
-        self.bar.disable = True
+        if self.bar is not None:
+            self.bar.disable = True
         release_stdout()  # what else is printed goes nowhere, and so does the flush at exit

@@ -19,11 +19,12 @@ from typing import NamedTuple
 import numpy as np
 
 from pretrain.report import values
-from pretrain.report.compare import compare, seeds
+from pretrain.report.compare import compare, seeds, so_far
 from pretrain.report.drawing import Plot, compact_number, darkened, looks, to_svg
 from pretrain.report.findings import Finding
 from pretrain.report.known import title
-from pretrain.report.runs import Run, column, number, smooth, task_results
+from pretrain.report.runlog import duration
+from pretrain.report.runs import Run, column, headline, number, smooth, task_results
 from pretrain.report.sections import configuration, findings, run_looks, samples, swatch, table
 
 # Nothing is loaded, and no script runs but the one of this hash.
@@ -131,12 +132,11 @@ def key_figures(run: Run) -> list[Figure]:
     )
     for (task, scoring), results in task_results(run).items():
         last_step, result = results[-1]
-        note = f"acc_norm at step {last_step:,}"
+        metric, value = headline(result) or ("acc_norm", math.nan)
+        note = f"{metric} at step {last_step:,}"
         if math.isfinite(count := number(result.get("n"))):
             note += f", {count:,.0f} examples"
-        figures.append(
-            Figure(f"{title(task)}, {scoring}", f"{100 * number(result['acc_norm']):.2f} %", note)
-        )
+        figures.append(Figure(f"{title(task)}, {scoring}", f"{100 * value:.2f} %", note))
     rate = column(run.train, "tokens_per_second")
     share = column(run.train, "mfu")
     note = (
@@ -146,21 +146,19 @@ def key_figures(run: Run) -> list[Figure]:
     figures.append(
         Figure("Tokens/s", f"{np.nanmedian(rate):,.0f}" if np.isfinite(rate).any() else "–", note)
     )
+    return figures + _spent(run, tokens)
+
+
+def _spent(run: Run, tokens: float) -> list[Figure]:
+    """Dollars and energy so far, where the log has them."""
+    figures = []
+    dollars, energy = so_far(run, "dollars"), so_far(run, "kilowatt_hours")
+    if math.isfinite(dollars):
+        each = f"${dollars / tokens * 1e9:,.2f} a billion tokens" if tokens > 0 else ""
+        figures.append(Figure("Cost", f"${dollars:,.2f}", each))
+    if math.isfinite(energy):
+        figures.append(Figure("Energy", f"{energy:,.2f} kWh", "of the GPUs, as NVML counts"))
     return figures
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    for size, unit, small, small_unit in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit} {int(seconds % size // small)} {small_unit}"
-    raise AssertionError(seconds)
 
 
 def _resumed_note(run: Run) -> str:

@@ -27,7 +27,15 @@ from pretrain.report.drawing import (
     style,
 )
 from pretrain.report.known import KNOWN, MODELS, published, title
-from pretrain.report.runs import Run, column, number, smooth, smoothing_window, task_results
+from pretrain.report.runs import (
+    Run,
+    column,
+    headline,
+    number,
+    smooth,
+    smoothing_window,
+    task_results,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -206,12 +214,15 @@ def mfu(panel: Panel) -> str | None:
 
 
 def task(panel: Panel, name: str, scoring: str) -> str:
-    """acc_norm of a task, scored in one of its styles, with what others' models have."""
-    counts = set()
+    """acc_norm (else acc) of a task, scored in one of its styles, with what others' models have."""
+    counts: set[int] = set()
+    names: set[str] = set()
     for i, run in enumerate(panel.runs):
         results = task_results(run).get((name, scoring), [])
         steps = np.array([step for step, _ in results], dtype=np.float64)
-        percent = np.array([100 * number(result["acc_norm"]) for _, result in results])
+        found = [headline(result) or ("acc_norm", math.nan) for _, result in results]
+        names |= {metric for metric, _ in found}
+        percent = np.array([100 * value for _, value in found])
         errors = np.array([100 * _standard_error(result) for _, result in results])
         panel.evaluations(i, steps, percent, errors)
         counts |= {
@@ -223,11 +234,12 @@ def task(panel: Panel, name: str, scoring: str) -> str:
     if name in KNOWN:
         _mark(panel, "chance", KNOWN[name].chance, on_left=False)
     panel.axes.margins(y=0.12)
-    labels(panel.axes, "step", "acc_norm, %")
+    labels(panel.axes, "step", f"{' or '.join(sorted(names))}, %")
     legend(panel)
     on = f" on {' or '.join(f'{count:,}' for count in sorted(counts))} examples" if counts else ""
     dashed = f" Dashed: published values on all {KNOWN[name].examples:,}." if others else ""
-    return f"Length-normalised accuracy{on}; band: one standard error.{dashed}"
+    kind = "Accuracy" if names == {"acc"} else "Length-normalised accuracy"
+    return f"{kind}{on}; band: one standard error.{dashed}"
 
 
 def _mark(panel: Panel, label: str, value: float, *, on_left: bool) -> None:
@@ -256,9 +268,10 @@ def _rates(panel: Panel, key: str, factor: float, label: str) -> None:
 
 
 def _standard_error(result: dict) -> float:
-    """Standard error of acc_norm: the recorded one, else that of a share of n; 0 where n is
+    """Standard error of the headline: the recorded one, else that of a share of n; 0 where n is
     unknown."""
-    recorded = [number(result.get(key)) for key in ("acc_norm_stderr", "stderr")]
-    share, n = number(result["acc_norm"]), number(result.get("n"))
+    name, share = headline(result) or ("acc_norm", math.nan)
+    recorded = [number(result.get(key)) for key in (f"{name}_stderr", "stderr")]
+    n = number(result.get("n"))
     derived = math.sqrt(share * (1 - share) / n) if n > 0 and 0 <= share <= 1 else 0.0
     return next((value for value in recorded if math.isfinite(value)), derived)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from pretrain.report import __main__ as report
 from pretrain.report import drawing
-from pretrain.report.page import duration
 from pretrain.report.plots import plots
+from pretrain.report.runlog import duration
 from pretrain.report.runs import Run
 
 ROOT = Path(__file__).parents[2]
