@@ -45,8 +45,9 @@ from pretrain import distributed, models
 from pretrain.distributed import Ranks, seed_dropout
 from pretrain.eval import validation
 from pretrain.eval.sampling import TrainingSamples
-from pretrain.eval.tasks import HellaSwag, Task
+from pretrain.eval.tasks import tasks_of
 from pretrain.eval.validation import Windows, evaluated_windows
+from pretrain.report.console import silent
 from pretrain.report.runlog import Measured, scores_block
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train import memory, parallel
@@ -273,16 +274,11 @@ def evaluation(
     settings, ranks = run.settings, run.ranks
     dtype, autocast = precision(run)
     score = compiler(model.score) if compiler and settings.compile_eval else None
-    tasks: list[Task] = []
-    if sets and settings.hellaswag:
-        is_chosen = "hellaswag_limit" in settings.given or ranks.device.type == "cuda"
-        limit = settings.hellaswag_limit if is_chosen else 200
-        wait = None if settings.eval_only else 2.0
-        tasks.append(HellaSwag(settings.hellaswag_data, limit, wait_seconds=wait))
+    tasks = tasks_of(settings, ranks.device) if sets else []
 
     @parallel.gathered(model)
     def measure() -> Measured:
-        is_set = run.stop.is_set
+        is_set, progress = run.stop.is_set, run.console.progress if run.console else silent
         scores = validation.evaluate(
             model,
             sets,
@@ -290,11 +286,14 @@ def evaluation(
             ranks=ranks,
             autocast=autocast,
             interrupted=is_set,
+            progress=progress,
             score=score,
         )
         scores = validation.weighted(scores, run.shares())
         summaries = {
-            task.name: task.score(model, dtype=dtype, ranks=ranks, interrupted=is_set)
+            task.name: task.score(
+                model, dtype=dtype, ranks=ranks, interrupted=is_set, progress=progress
+            )
             for task in tasks
         }
         return scores, {name: summary for name, summary in summaries.items() if summary}
