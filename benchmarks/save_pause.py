@@ -93,7 +93,8 @@ def measure(size: str, saves: int, device_name: str, folder: Path) -> None:
     shares = [100 * b / w for b, w in zip(behind, waits, strict=True)]
     print(f"  --no-async_save   pause {spread(waits, '.3f')} s")
     print(
-        f"  --async_save      pause {spread(behind, '.3f')} s, {spread(shares, '.1f')} % of the other;"
+        f"  --async_save      pause {spread(behind, '.3f')} s,"
+        f" {spread(shares, '.1f')} % of the other;"
         f" written in {statistics.median(written[1:]):.1f} s"
     )
     print(
