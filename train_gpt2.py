@@ -59,7 +59,7 @@ from pretrain.train.keytokens import key_token_weights, load_key_tokens
 from pretrain.train.loader import BatchLoader
 from pretrain.train.optim import SCHEDULES, make_optimizer
 from pretrain.train.run import Run
-from pretrain.train.speed import Profile, attention, choose_compiler
+from pretrain.train.speed import Profile, choose_compiler
 from pretrain.train.state import TrainState
 from pretrain.train.stopping import FiniteGuard
 
@@ -88,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(settings: TrainSettings, ranks: Ranks) -> int:
     """The run that the settings describe. Returns the exit status."""
     with Run(settings, ranks) as run:
-        run.enter(attention(settings.attention, ranks.device))
         model, block_size = initial_model(run)
         loader, windows = open_data(run, block_size, model.config.vocab_size)
         if settings.eval_only:
@@ -100,20 +99,22 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
         settings, optimizer, scaler = run.settings, state.optimizer, state.scaler
         rate, weigh, autocast = schedule(settings), weigher(run), precision(run)[1]
         guard = FiniteGuard(ranks, scaler)
-        prefetched: Any = loader.prefetch(state.step, device=ranks.device)
-        batches = run.enter(closing(prefetched))
+        batches = run.enter(closing(loader.prefetch(state.step, device=ranks.device)))
         profile = run.enter(Profile(settings.profile * ranks.is_first, run.out_dir, run.say))
 
+        # Before the first update too: where fine-tuning only makes it worse, step 0 is the best.
         run.evaluate_if_due()
         while not run.is_over():
             # One update
             # ----------------------------------------------------------------------------------
             x, y = next(batches)  # int64 (micro_steps, batch_size, block_size)
             state.learning_rate = rate(state.step)
-            for group in optimizer.param_groups:
+            for group in optimizer.param_groups:  # Muon's learn at rates of their own
                 group["lr"] = state.learning_rate * group["lr_scale"]
+            # Summed on the device: to read it in each micro-step would be to wait for the GPU.
             loss = torch.zeros((), device=ranks.device)
             for micro_step in range(len(x)):
+                # Asked here, as a preempted job may have less time left than an update takes.
                 if run.is_told_to_stop():
                     break
                 # Dropout by step and micro-batch: a resumed run has no generator states to restore.
@@ -130,9 +131,11 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
                 loss += micro_loss.detach()
             if run.signal:
                 break  # nothing of this step is in the weights: it is made anew by the next run
+            # Only float16 is scaled; elsewhere the scaler's four calls are the plain step.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
             grad_norm = parallel.whole(norm)
+            # While the weights are still good: after a step with a nan they would all be nan.
             guard.check(state.step, loss, grad_norm)
             scaler.step(optimizer)
             scaler.update()
@@ -150,7 +153,8 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[BatchLoader, 
     updates --epochs are."""
     settings, ranks = run.settings, run.ranks
     if settings.data:
-        from pretrain.tokens.owntext import prepare  # loads pyarrow
+        # Here, as it loads pyarrow, which a run on shards does without.
+        from pretrain.tokens.owntext import prepare
 
         folder = ranks.on_every_disk(prepare, settings.data, run.out_dir / "data")
         settings = replace(settings, data_dir=str(folder))
@@ -175,6 +179,7 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[BatchLoader, 
         vocab_size=vocab_size,
         pin_memory=ranks.device.type == "cuda",
     )
+    # Only now is it known how many updates an epoch is.
     run.settings, run.loader = with_length(settings, loader.steps_per_epoch), loader
     if not settings.is_evaluated:
         return loader, {}
@@ -292,6 +297,7 @@ def begin(run: Run, state: TrainState, loader: BatchLoader, windows: Windows) ->
     run.restore(settings, state, identity, models.architecture_of(model))
     if run.was_finished():
         return None
+    # Only now is the model wrapped: checkpoints have GPT-2's names, not those of a wrapper.
     compiler = choose_compiler(settings, run.ranks.device, run.warn)
     forward = parallel.wrapped(model, settings, run.ranks, compiler)
     setup = describe(

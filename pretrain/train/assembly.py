@@ -20,7 +20,7 @@ from pretrain.train.data import TrainingData
 from pretrain.train.loader import BatchLoader
 from pretrain.train.run import Run
 from pretrain.train.settings import TrainSettings
-from pretrain.train.speed import configure
+from pretrain.train.speed import attention, configure
 from pretrain.train.state import read_on_first
 from pretrain.weights import Damaged
 
@@ -33,6 +33,7 @@ def initial_model(run: Run) -> tuple["GPT", int]:
     sequences to train it on."""
     settings, ranks = run.settings, run.ranks
     torch.manual_seed(settings.seed)
+    run.enter(attention(settings.attention, ranks.device))
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     make: Callable[[], Any]
