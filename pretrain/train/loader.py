@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from pretrain.tokens.formats import token_files
-from pretrain.tokens.shards import Manifest, ShardError, open_shard, verify_shard
+from pretrain.tokens.shard_cache import bring_ahead
+from pretrain.tokens.shards import Manifest, ShardError, open_shard, shard_tokens, verify_shard
 
 CHUNK_WINDOWS = 2048
 POOL_CHUNKS = 32
@@ -59,7 +60,7 @@ class TokenWindows:
         self.paths = [Path(path) for path in paths]
         self.block_size, self.stride, self.vocab_size = block_size, stride or block_size, vocab_size
         # Token t of the stream is in the first shard whose end is above t.
-        self.ends = np.cumsum([len(open_shard(path)) for path in self.paths], dtype=np.int64)
+        self.ends = np.cumsum([shard_tokens(path) for path in self.paths], dtype=np.int64)
         self.num_tokens = int(self.ends[-1]) if self.paths else 0
         self._open = lru_cache(maxsize=256)(self._map)  # a map holds a file descriptor
         if self.num_tokens <= block_size:
@@ -110,11 +111,12 @@ class TokenWindows:
             begin, end = int(self.ends[shard - 1]) if shard else 0, int(self.ends[shard])
             if begin >= stop:
                 break
+            bring_ahead(self.paths[shard])
             with contextlib.suppress(OSError), open(self.paths[shard], "rb") as file:
                 header = os.fstat(file.fileno()).st_size - 2 * (end - begin)
-                offset = header + 2 * (max(start, begin) - begin)
-                length = 2 * (min(stop, end) - max(start, begin))
-                os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+                first, last = max(start, begin) - begin, min(stop, end) - begin
+                place = header + 2 * first, 2 * (last - first)
+                os.posix_fadvise(file.fileno(), *place, os.POSIX_FADV_WILLNEED)
 
     def _map(self, shard: int) -> memoryview:
         return open_shard(self.paths[shard]).data.cast("B")
@@ -203,7 +205,9 @@ class BatchLoader:
         """batch(step), batch(step + 1), ... without end, on the device, made ahead by a thread.
         Close the iterator (contextlib.closing) to end the thread. What goes wrong in the thread is
         raised here."""
-        steps = max(1, READ_AHEAD_TOKENS // (self._share.size * self.shape[-1]))  # made at a time
+        steps = READ_AHEAD_TOKENS // (self._share.size * self.shape[-1])  # made at a time
+        # A text of some pages has thousands of epochs in so many tokens: one of them is enough.
+        steps = max(1, min(steps, int(self.steps_per_epoch)))
         # One made and one in the making is enough: the thread is faster than any training.
         made: queue.Queue = queue.Queue(maxsize=2)
         closed = threading.Event()

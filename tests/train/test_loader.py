@@ -225,6 +225,16 @@ def test_prefetching_gives_the_batches_of_the_steps_in_order(tmp_path, monkeypat
                 assert rows(next(batches)) == rows(loader.batch(step))
 
 
+def test_the_thread_makes_no_more_than_an_epoch_at_a_time(tmp_path, monkeypatch):
+    paths, _ = write_shards(tmp_path, [2000])
+    loader = ShardLoader(paths, batch_size=2, block_size=8, accumulation_steps=2)
+    made, tokens = [], loader._tokens
+    monkeypatch.setattr(loader, "_tokens", lambda step, n: made.append(n) or tokens(step, n))
+    with closing(loader.prefetch()) as batches:
+        next(batches)
+    assert set(made) == {len(loader.windows) // 4}
+
+
 def test_token_ids_survive_the_way_to_a_gpu_in_16_bits(tmp_path, monkeypatch):
     """The same way with memory that is not page-locked, which needs a GPU."""
 

@@ -14,7 +14,7 @@ from tiny_runs import flags, logged, write_shards
 
 import hellaswag
 import train_gpt2
-from pretrain.distributed import compiler_problem
+from pretrain.hardware import compiler_problem
 
 ROOT = Path(__file__).parents[2]
 ITEMS = ROOT / "tests" / "data" / "hellaswag_items.jsonl"
