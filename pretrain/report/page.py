@@ -143,6 +143,11 @@ def key_figures(run: Run) -> list[Figure]:
         f"median; MFU {100 * np.nanmedian(share):.1f} %" if np.isfinite(share).any() else "median"
     )
     figures.append(Figure("Time", duration(run.seconds_running), "with evaluations and saves"))
+    if saves := [record for record in run.records if record["event"] == "save"]:
+        pause = np.nansum(column(saves, "pause_seconds"))
+        figures.append(
+            Figure("Saves", f"{len(saves):,}", f"training waited {pause:,.1f} s for them")
+        )
     figures.append(
         Figure("Tokens/s", f"{np.nanmedian(rate):,.0f}" if np.isfinite(rate).any() else "–", note)
     )
