@@ -53,6 +53,7 @@ def results(tmp_path_factory):
     return folder, json.loads((folder / "results" / "gpu.json").read_text())
 
 
+@pytest.mark.slow
 def test_in_small_it_runs_whole_on_torch_numpy_and_tiktoken_alone(results):
     _, found = results
     assert found["failed"] == []
@@ -72,6 +73,7 @@ def test_in_small_it_runs_whole_on_torch_numpy_and_tiktoken_alone(results):
     assert all(one["tokens_per_second"] > 0 and one["to_plain"] > 0 for one in found["speed"])
 
 
+@pytest.mark.slow
 def test_what_it_measured_is_a_table_of_markdown(results):
     folder, found = results
     text = (folder / "results" / "gpu.md").read_text()
@@ -82,6 +84,7 @@ def test_what_it_measured_is_a_table_of_markdown(results):
     assert "skipped: several GPUs: one GPU" in text
 
 
+@pytest.mark.slow
 def test_the_pack_is_small_and_its_vocabulary_is_the_published_one(results):
     folder, _ = results
     files = [file for file in (folder / "data").rglob("*") if file.is_file()]
