@@ -32,7 +32,7 @@ if __name__ == "__main__" and from_command_line(None) is None:
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,13 @@ from pretrain import distributed, models
 from pretrain.distributed import Ranks, seed_dropout
 from pretrain.eval import validation
 from pretrain.eval.sampling import TrainingSamples
-from pretrain.eval.tasks import HellaSwag, Task
+from pretrain.eval.tasks import tasks_of
 from pretrain.eval.validation import Windows, evaluated_windows
+from pretrain.report.console import silent
 from pretrain.report.runlog import Measured, scores_block
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train import memory, parallel
-from pretrain.train.checkpoint import CheckpointError
+from pretrain.train.assembly import identity_of, initial_model, precision
 from pretrain.train.data import TrainingData
 from pretrain.train.describe import describe
 from pretrain.train.folders import local_folders
@@ -58,10 +59,9 @@ from pretrain.train.keytokens import key_token_weights, load_key_tokens
 from pretrain.train.loader import BatchLoader
 from pretrain.train.optim import SCHEDULES, make_optimizer
 from pretrain.train.run import Run
-from pretrain.train.speed import Profile, attention, choose_compiler, configure
-from pretrain.train.state import TrainState, read_on_first
+from pretrain.train.speed import Profile, attention, choose_compiler
+from pretrain.train.state import TrainState
 from pretrain.train.stopping import FiniteGuard
-from pretrain.weights import Damaged
 
 __all__ = ["checkpoints", "load_checkpoint", "main"]
 LESS_MEMORY = (
@@ -144,65 +144,6 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
         return run.finish()
 
 
-def initial_model(run: Run) -> tuple[GPT, int]:
-    """The model with the weights that the run begins with, on its device, and the length of the
-    sequences to train it on."""
-    settings, ranks = run.settings, run.ranks
-    torch.manual_seed(settings.seed)
-    if ranks.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
-    make: Callable[[], Any]
-    if run.saved:
-        make = partial(build_model, settings, run.saved, str(run.path))
-    elif settings.init_from != "scratch":
-        weights = read_on_first(
-            ranks, lambda: read_weights(settings), whole=not parallel.is_sharded(settings)
-        )
-        make = partial(build_model, settings, weights, settings.init_from)
-    else:
-        new_model, config = models.ARCHITECTURES[settings.model].load()
-        sizes = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
-        make = partial(new_model, config(**{name: getattr(settings, name) for name in sizes}))
-    model = parallel.placed(make, settings, ranks, precision(run)[0])
-    configure(model, settings, precision(run)[0])
-    asked = "block_size" in settings.asked_sizes
-    return model, settings.block_size if asked else model.config.block_size
-
-
-def read_weights(settings: TrainSettings) -> dict[str, Any]:
-    """The weights that --init_from names. Raises CheckpointError where flags ask for other
-    sizes."""
-    name = settings.init_from
-    loaded = models.from_pretrained(name)
-    config = loaded.config
-    has = asdict(config) | {"model": models.architecture_of(loaded)}
-    wrong = [
-        f"--{size} {getattr(settings, size)}"
-        for size in sorted(settings.asked_sizes - {"block_size"})
-        if getattr(settings, size) != has.get(size)
-    ]
-    if "block_size" in settings.asked_sizes and settings.block_size > config.block_size:
-        wrong.append(f"--block_size {settings.block_size}")
-    if wrong:
-        raise CheckpointError(f"{name} has {config}: leave out {', '.join(wrong)}")
-    return {
-        "architecture": has["model"],
-        "model_config": asdict(config),
-        "model": loaded.state_dict(),
-    }
-
-
-def build_model(settings: TrainSettings, weights: dict[str, Any], where: str) -> GPT:
-    """A model with the weights and sizes of a checkpoint, which came from `where`."""
-    config = dict(weights.get("model_config") or {})
-    if "dropout" in config:
-        config["dropout"] = settings.dropout
-    try:
-        return models.build(weights.get("architecture", "gpt2"), config, weights.get("model") or {})
-    except Damaged as error:
-        raise CheckpointError(f"{where}: {error}") from None
-
-
 def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[BatchLoader, Windows]:
     """The batches to train on, and by name the windows that evaluations look at, with their
     numbers. The run's settings learn what follows from the data: where it lies, and how many
@@ -245,26 +186,6 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[BatchLoader, 
     return loader, evaluated_windows(settings, data, loader, vocab_size)
 
 
-def identity_of(settings: TrainSettings, model: GPT, loader: BatchLoader) -> dict[str, Any]:
-    """What no part of a run may change."""
-    names = ("n_layer", "n_head", "n_embd", "bias")
-    sizes = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
-    asked = {name: getattr(settings, name) for name in sizes if name in settings.asked_sizes}
-    is_asked = "model" in settings.asked_sizes
-    return {
-        "model": settings.model if is_asked else models.architecture_of(model),
-        "optimizer": settings.optimizer,
-        **sizes,
-        **asked,
-        "block_size": loader.block_size,
-        "stride": loader.stride,
-        "tokens per update": loader.global_batch * loader.block_size,
-        **TrainingData(settings.data_dir).identity(),
-        "seed": settings.seed,
-        "shuffle": settings.shuffle,
-    }
-
-
 def evaluation(
     run: Run, model: GPT, sets: Windows, compiler: Callable[[Any], Any] | None = None
 ) -> Callable[[], Measured]:
@@ -273,16 +194,11 @@ def evaluation(
     settings, ranks = run.settings, run.ranks
     dtype, autocast = precision(run)
     score = compiler(model.score) if compiler and settings.compile_eval else None
-    tasks: list[Task] = []
-    if sets and settings.hellaswag:
-        is_chosen = "hellaswag_limit" in settings.given or ranks.device.type == "cuda"
-        limit = settings.hellaswag_limit if is_chosen else 200
-        wait = None if settings.eval_only else 2.0
-        tasks.append(HellaSwag(settings.hellaswag_data, limit, wait_seconds=wait))
+    tasks = tasks_of(settings, ranks.device) if sets else []
 
     @parallel.gathered(model)
     def measure() -> Measured:
-        is_set = run.stop.is_set
+        is_set, progress = run.stop.is_set, run.console.progress if run.console else silent
         scores = validation.evaluate(
             model,
             sets,
@@ -290,11 +206,14 @@ def evaluation(
             ranks=ranks,
             autocast=autocast,
             interrupted=is_set,
+            progress=progress,
             score=score,
         )
         scores = validation.weighted(scores, run.shares())
         summaries = {
-            task.name: task.score(model, dtype=dtype, ranks=ranks, interrupted=is_set)
+            task.name: task.score(
+                model, dtype=dtype, ranks=ranks, interrupted=is_set, progress=progress
+            )
             for task in tasks
         }
         return scores, {name: summary for name, summary in summaries.items() if summary}
@@ -325,13 +244,6 @@ def sampler(run: Run, model: GPT) -> Callable[[], dict[str, Any] | None]:
         return None if text is None else {"prompt": samples.prompt, "text": text}
 
     return sample
-
-
-def precision(run: Run) -> tuple[torch.dtype, torch.autocast]:
-    """The number format of the computation, and the context in which it is used."""
-    device = run.ranks.device
-    dtype = distributed.pick_dtype(run.settings.dtype, device)
-    return dtype, torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def optimizer_for(run: Run, model: GPT) -> Any:

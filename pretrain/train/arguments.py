@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from pretrain.flags import AMOUNT, COUNT, REAL, SEED, SHARE
+from pretrain.flags import AMOUNT, COUNT, REAL, SEED, SHARE, Gather
 from pretrain.tokens.shards import DEFAULT_DATA_DIR
 from pretrain.train.mixture import is_mixture
 
@@ -155,7 +155,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hellaswag_data", metavar="FILE",
         help="hellaswag_val.jsonl, also .gz (else downloaded once)")
     add("--hellaswag_limit", type=AMOUNT, metavar="N",
-        help="score N examples, always the same choice (all on cuda, 200 elsewhere; 0: all)")
+        help="score N examples of HellaSwag and of each --task, always the same choice (all on "
+             "cuda, 200 elsewhere; 0: all)")
+    add("--task", nargs="+", action=Gather, metavar="NAME=FILE",
+        help="also score these .jsonl or .jsonl.gz files in HellaSwag's format, a context and four "
+             "endings a line, under names of your own (none)")
     add("--sample_interval", type=AMOUNT, default=1, metavar="N",
         help="evaluations from one sample of the model's text to the next, at temperature 0.8 from "
              "the 50 likeliest tokens (%(default)s: at each but that of step 0; 0: never)")
@@ -214,7 +218,8 @@ def build_parser() -> argparse.ArgumentParser:
              "what the run has cost (%(default)s: not known)")
     add = parser.add_argument_group("run").add_argument
     add("--out_dir", default="checkpoints", metavar="DIR",
-        help="for checkpoints and logs (checkpoints)")
+        help="for checkpoints and logs; {learning_rate} and other flags in braces become their "
+             "values, so that each setting of a sweep has a folder of its own (checkpoints)")
     add("--resume", default="auto", metavar="auto|never|PATH",
         help="auto: continue the newest good checkpoint in --out_dir, if any. never: start anew, "
              "an earlier run's files are moved aside. A path: continue that one, later ones are "
@@ -235,6 +240,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wandb", action=switch, default=False,
         help="the metrics also to Weights & Biases; WANDB_MODE=offline keeps them in OUT_DIR/wandb "
              "(off)")
+    add("--trackio", action=switch, default=False,
+        help="the metrics also to trackio, which keeps them on this machine: `trackio show` (off)")
     add("--seed", type=SEED, default=1337,
         help="of weights, data order, dropout and samples (1337)")
     # fmt: on

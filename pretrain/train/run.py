@@ -28,9 +28,10 @@ from torch import Tensor
 from pretrain import __version__, distributed, files
 from pretrain.distributed import Ranks
 from pretrain.errors import lasting_output
-from pretrain.report.console import Console
-from pretrain.report.runlog import Measured, RunLog, Stopwatch, eval_line, eval_values, start_block
-from pretrain.report.trackers import open_trackers
+from pretrain.report.console import Console, columns
+from pretrain.report.lines import eval_line
+from pretrain.report.runlog import Measured, RunLog, Stopwatch, eval_values, start_block
+from pretrain.report.trackers import PACKAGES, open_trackers
 from pretrain.train import best
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.best import Record
@@ -228,9 +229,8 @@ class Run:
             self.log.write("start", step=state.step, resumed_from=self.path, **setup)
             origin = f"continues {self.path}, step {state.step:,}" if self.path else "begins anew"
             print(start_block(setup, origin))
-            for tracker in open_trackers(
-                settings.tensorboard, settings.wandb, self.log.path, state.step, setup
-            ):
+            wanted = [name for name in PACKAGES if getattr(settings, name)]
+            for tracker in open_trackers(wanted, self.log.path, state.step, setup):
                 self.log.follow(self._stack.enter_context(closing(tracker)))
         console = Console(settings.max_iters, state.step, enabled=self.ranks.is_first)
         self.console = self._stack.enter_context(closing(console))
@@ -275,7 +275,7 @@ class Run:
         progress = self.loader.progress(state.step)
         values = eval_values((scores, tasks), progress, is_counted=bool(settings.val_tokens))
         record = self._write("eval", best_val_loss=state.record.best_val_loss, **values)
-        self.say(eval_line(record, settings.max_iters))
+        self.say(eval_line(record, settings.max_iters, columns()))
         self._save_evaluation(before)
         every = settings.sample_interval * interval
         if every and state.step and (self._length_is_reached() or state.step % every == 0):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError, say
-from pretrain.flags import AMOUNT, COUNT, LARGEST, parse_with_config
+from pretrain.flags import AMOUNT, COUNT, LARGEST, named_after_flags, parse_with_config, wrong_files
 from pretrain.rendezvous import RankError, environment, is_first_rank
 from pretrain.report import trackers
 from pretrain.text.source import SourceError
@@ -95,6 +95,7 @@ class TrainSettings:
     hellaswag: bool
     hellaswag_data: str | None
     hellaswag_limit: int | None
+    task: list[str] | None
     sample_interval: int
     sample_prompt: str
     sample_tokens: int
@@ -126,6 +127,7 @@ class TrainSettings:
     log_interval: int
     tensorboard: bool
     wandb: bool
+    trackio: bool
     seed: int
     # not flags
     given: frozenset[str] = frozenset()  # names of the flags that somebody set
@@ -160,6 +162,7 @@ def resolve(argv: Sequence[str], world_size: int) -> tuple[TrainSettings, list[s
     anything."""
     args, given, problems = parse_with_config(build_parser(), argv, OVERRIDES)
     values = vars(args) | _recipe(args, given)
+    values["out_dir"] = named_after_flags(args.out_dir, values)
     settings = TrainSettings(**values, given=frozenset(given), world_size=world_size)
     return settings, problems or problems_of(settings)
 
@@ -237,7 +240,7 @@ def problems_of(settings: TrainSettings) -> list[str]:
         problems.append(f"--resume {settings.resume}: no such file (and neither auto nor never)")
     if settings.hellaswag_data and not os.path.isfile(settings.hellaswag_data):
         problems.append(f"--hellaswag_data {settings.hellaswag_data}: no such file")
-    return problems
+    return problems + wrong_files("--task", settings.task or (), taken=("hellaswag",))
 
 
 def _check_numbers(settings: TrainSettings) -> list[str]:

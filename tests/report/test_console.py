@@ -8,7 +8,8 @@ import pytest
 
 from pretrain.report import __main__ as report
 from pretrain.report.console import Console
-from pretrain.report.runlog import RunLog, eval_line, scores_block
+from pretrain.report.lines import eval_line
+from pretrain.report.runlog import RunLog, scores_block
 from pretrain.report.trackers import numbers
 
 ROOT = Path(__file__).parents[2]
