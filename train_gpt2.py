@@ -45,12 +45,12 @@ from pretrain import distributed, models
 from pretrain.distributed import Ranks, seed_dropout
 from pretrain.eval import validation
 from pretrain.eval.sampling import TrainingSamples
-from pretrain.eval.tasks import HellaSwag, Task
+from pretrain.eval.tasks import tasks_of
 from pretrain.eval.validation import Windows, evaluated_windows
+from pretrain.report.console import silent
 from pretrain.report.runlog import Measured, scores_block
-from pretrain.tokens.owntext import prepare
 from pretrain.train import checkpoint as checkpoints
-from pretrain.train import parallel
+from pretrain.train import memory, parallel
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.data import TrainingData
 from pretrain.train.describe import describe
@@ -59,6 +59,7 @@ from pretrain.train.keytokens import key_token_weights, load_key_tokens
 from pretrain.train.loader import BatchLoader
 from pretrain.train.optim import SCHEDULES, make_optimizer
 from pretrain.train.run import Run
+from pretrain.train.speed import Profile, attention, choose_compiler, configure
 from pretrain.train.state import TrainState, read_on_first
 from pretrain.train.stopping import FiniteGuard
 from pretrain.weights import Damaged
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(settings: TrainSettings, ranks: Ranks) -> int:
     """The run that the settings describe. Returns the exit status."""
     with Run(settings, ranks) as run:
+        run.enter(attention(settings.attention, ranks.device))
         model, block_size = initial_model(run)
         loader, windows = open_data(run, block_size, model.config.vocab_size)
         if settings.eval_only:
@@ -101,6 +103,7 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
         guard = FiniteGuard(ranks, scaler)
         prefetched: Any = loader.prefetch(state.step, device=ranks.device)
         batches = run.enter(closing(prefetched))
+        profile = run.enter(Profile(settings.profile * ranks.is_first, run.out_dir, run.say))
 
         run.evaluate_if_due()
         while not run.is_over():
@@ -137,6 +140,7 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
             optimizer.zero_grad(set_to_none=True)
             # ----------------------------------------------------------------------------------
             run.advance(loss, grad_norm)
+            profile.step()
             run.evaluate_if_due()
         return run.finish()
 
@@ -161,7 +165,7 @@ def initial_model(run: Run) -> tuple[GPT, int]:
         sizes = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
         make = partial(new_model, config(**{name: getattr(settings, name) for name in sizes}))
     model = parallel.placed(make, settings, ranks, precision(run)[0])
-    model.gradient_checkpointing = settings.gradient_checkpointing
+    configure(model, settings, precision(run)[0])
     asked = "block_size" in settings.asked_sizes
     return model, settings.block_size if asked else model.config.block_size
 
@@ -206,6 +210,8 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[BatchLoader, 
     updates --epochs are."""
     settings, ranks = run.settings, run.ranks
     if settings.data:
+        from pretrain.tokens.owntext import prepare  # loads pyarrow
+
         folder = ranks.on_every_disk(prepare, settings.data, run.out_dir / "data")
         settings = replace(settings, data_dir=str(folder))
     cache = Path(settings.data_cache), settings.data_cache_gb * 10**9
@@ -260,21 +266,19 @@ def identity_of(settings: TrainSettings, model: GPT, loader: BatchLoader) -> dic
     }
 
 
-def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
+def evaluation(
+    run: Run, model: GPT, sets: Windows, compiler: Callable[[Any], Any] | None = None
+) -> Callable[[], Measured]:
     """A function that measures the model as it is then. It uses `model`, which is neither compiled
-    nor wrapped: the same weights, and any shape."""
+    nor wrapped: the same weights, and any shape; --compile_eval compiles the loss alone."""
     settings, ranks = run.settings, run.ranks
     dtype, autocast = precision(run)
-    tasks: list[Task] = []
-    if sets and settings.hellaswag:
-        is_chosen = "hellaswag_limit" in settings.given or ranks.device.type == "cuda"
-        limit = settings.hellaswag_limit if is_chosen else 200
-        wait = None if settings.eval_only else 2.0
-        tasks.append(HellaSwag(settings.hellaswag_data, limit, wait_seconds=wait))
+    score = compiler(model.score) if compiler and settings.compile_eval else None
+    tasks = tasks_of(settings, ranks.device) if sets else []
 
     @parallel.gathered(model)
     def measure() -> Measured:
-        is_set = run.stop.is_set
+        is_set, progress = run.stop.is_set, run.console.progress if run.console else silent
         scores = validation.evaluate(
             model,
             sets,
@@ -282,10 +286,14 @@ def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
             ranks=ranks,
             autocast=autocast,
             interrupted=is_set,
+            progress=progress,
+            score=score,
         )
         scores = validation.weighted(scores, run.shares())
         summaries = {
-            task.name: task.score(model, dtype=dtype, ranks=ranks, interrupted=is_set)
+            task.name: task.score(
+                model, dtype=dtype, ranks=ranks, interrupted=is_set, progress=progress
+            )
             for task in tasks
         }
         return scores, {name: summary for name, summary in summaries.items() if summary}
@@ -371,16 +379,18 @@ def begin(run: Run, state: TrainState, loader: BatchLoader, windows: Windows) ->
     run.restore(settings, state, identity, models.architecture_of(model))
     if run.was_finished():
         return None
-    forward, is_compiled = parallel.wrapped(model, settings, run.ranks, run.warn)
+    compiler = choose_compiler(settings, run.ranks.device, run.warn)
+    forward = parallel.wrapped(model, settings, run.ranks, compiler)
     setup = describe(
         settings, model, loader, identity=identity, ranks=run.ranks, dtype=precision(run)[0]
     )
     setup |= {
-        "compiled": is_compiled,
+        "compiled": compiler is not None,
+        "memory": memory.estimate(settings, state, loader.block_size, precision(run)[0]),
         "last_learning_rate": schedule(settings)(settings.max_iters - 1),
         "evaluated_windows": {name: len(numbers) for name, (_, numbers) in windows.items()},
     }
-    measure = evaluation(run, model, windows) if windows else None
+    measure = evaluation(run, model, windows, compiler) if windows else None
     run.start(setup, measure, sampler(run, model))
     return forward
 

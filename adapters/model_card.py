@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from model import GPT
 
 RECORD = "training.json"
-EVALUATION = ("step", "tokens", "train_loss", "val_loss", "perplexity", "accuracy")
+EVALUATION = (
+    "step",
+    "tokens",
+    "train_loss",
+    "val_loss",
+    "perplexity",
+    "bits_per_byte",
+    "accuracy",
+)
 SETUP = (
     "tokens_per_step",
     "processes",

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.tokens.owntext import unigram_entropy
-from pretrain.tokens.shards import data_fingerprint, find_shards
+from pretrain.tokens.shards import data_fingerprint, find_shards, open_shard, shard_tokens
 from pretrain.train.loader import (
     BatchLoader,
     ShardLoader,
@@ -27,6 +26,8 @@ from pretrain.train.loader import (
     verify_data,
 )
 from pretrain.train.mixture import MixtureSchedule, MixtureSource, parse_mixture
+
+COUNTED_TOKENS = 10**8  # takes half a second
 
 
 class MixtureLoader(BatchLoader):
@@ -197,3 +198,18 @@ def describe_data(data: TrainingData, loader: BatchLoader, max_iters: int) -> di
         for source in data.mixture
     }
     return found | {"sources": sources}
+
+
+def unigram_entropy(paths: Sequence[Path]) -> float | None:
+    """Entropy in nats of the token frequencies of some shards; None for more than COUNTED_TOKENS
+    tokens.
+
+    It is what a model that knows these frequencies and nothing else pays per token there, so a loss
+    clearly below it shows that the context is used.
+    """
+    if sum(map(shard_tokens, paths)) > COUNTED_TOKENS:
+        return None
+    shards = [open_shard(path) for path in paths]
+    counts = np.sum([np.bincount(shard, minlength=2**16) for shard in shards], axis=0)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

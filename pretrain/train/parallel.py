@@ -1,7 +1,7 @@
 """One model on several ranks: a copy on each (ddp), or a part on each (fsdp).
 
     model = placed(lambda: GPT(config), settings, ranks, torch.bfloat16)
-    forward, is_compiled = wrapped(model, settings, ranks, print)
+    forward = wrapped(model, settings, ranks, torch.compile)
     with gathered(model):                                   # to evaluate and to sample
         ...
 
@@ -26,7 +26,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain import distributed
 from pretrain.distributed import Ranks
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.settings import TrainSettings
@@ -54,22 +53,22 @@ def placed(
 
 
 def wrapped(
-    model: Any, settings: TrainSettings, ranks: Ranks, warn: Callable[[str], None]
-) -> tuple[Any, bool]:
-    """The model as updates call it, compiled and with its gradients exchanged between ranks where
-    that is wanted and possible, and whether it is compiled."""
-    is_compiled = ranks.device.type == "cuda" if settings.compile is None else settings.compile
-    if is_compiled and (problem := distributed.compiler_problem(ranks.device)):
-        warn(f"--compile left out: {problem}")
-        is_compiled = False
+    model: Any,
+    settings: TrainSettings,
+    ranks: Ranks,
+    compiler: Callable[[Any], Any] | None,
+) -> Any:
+    """The model as updates call it, with its gradients exchanged between ranks, compiled where
+    there is a compiler: see speed.choose_compiler."""
     if is_sharded(settings):
-        if is_compiled:
-            compile_blocks(model)
-        return model, is_compiled
-    forward: Any = torch.compile(model) if is_compiled else model
-    if ranks.world_size > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    return forward, is_compiled
+        if compiler:
+            compile_blocks(model, compiler)
+        return model
+    forward = compiler(model) if compiler else model
+    if ranks.world_size == 1:
+        return forward
+    size = settings.bucket_cap_mb
+    return DistributedDataParallel(forward, gradient_as_bucket_view=True, bucket_cap_mb=size)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -107,15 +106,17 @@ def shard(model: Any, ranks: Ranks, dtype: torch.dtype, *, reshard_after_forward
     model.train(is_training).reshard()
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, compiler: Callable[[Any], Any]) -> None:
     """Compile each block for training, within its gathering and its checkpoint. Evaluations have
     too many shapes to be worth it."""
     for block in blocks_of(model):
-        block.forward = _compiled_in_training(block)  # type: ignore[method-assign]
+        block.forward = _compiled_in_training(block, compiler)  # type: ignore[method-assign]
 
 
-def _compiled_in_training(block: nn.Module) -> Callable[..., Tensor]:
-    plain, compiled = block.forward, torch.compile(block.forward)
+def _compiled_in_training(
+    block: nn.Module, compiler: Callable[[Any], Any]
+) -> Callable[..., Tensor]:
+    plain, compiled = block.forward, compiler(block.forward)
 
     def forward(*arguments: Any) -> Tensor:
         return (compiled if block.training else plain)(*arguments)

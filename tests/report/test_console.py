@@ -8,7 +8,8 @@ import pytest
 
 from pretrain.report import __main__ as report
 from pretrain.report.console import Console
-from pretrain.report.runlog import RunLog, eval_line, scores_block
+from pretrain.report.lines import eval_line
+from pretrain.report.runlog import RunLog, scores_block
 from pretrain.report.trackers import numbers
 
 ROOT = Path(__file__).parents[2]
@@ -94,3 +95,15 @@ def test_a_log_of_before_tasks_had_names_gives_the_same_page(tmp_path):
         pages.append((folder / "report.html").read_text().replace(str(folder), ""))
         assert (folder / "report-hellaswag-completion.png").exists()
     assert pages[0] == pages[1] and "HellaSwag, completion" in pages[0]
+
+
+def test_the_first_line_is_followed_by_how_long_the_rest_takes_and_no_other_is(capsys):
+    record = {"loss": 5.0, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1000.0}
+    record |= {"milliseconds_per_step": 250.0, "memory_bytes": 1e9}
+    console = Console(max_iters=850, step=100)
+    for step in (110, 120):
+        console.train({**record, "step": step})
+    Console(max_iters=130, step=120).train({**record, "step": 130})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith("about") for line in lines] == [False, True, False, False]
+    assert lines[1].startswith("about 3 min 5 s for the other 740 updates")  # 740 x 0.25 s
