@@ -131,6 +131,7 @@ STAGES = ("hub", "plots", "fast", "offline")
         ),
         ("requirements-adapters.txt", EXTRAS["adapters"]),
         ("requirements-ray.txt", EXTRAS["ray"]),
+        ("requirements-stores.txt", EXTRAS["stores"]),
         ("requirements-dev.txt", EXTRAS["dev"]),
     ],
 )

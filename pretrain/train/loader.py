@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.tokens.shard_cache import bring_ahead
+from pretrain.tokens.shard_cache import bring_ahead, most_maps
 from pretrain.tokens.shards import ShardError, open_shard, shard_tokens
 
 CHUNK_WINDOWS = 2048
@@ -60,7 +60,9 @@ class TokenWindows:
         # Token t of the stream is in the first shard whose end is above t.
         self.ends = np.cumsum([shard_tokens(path) for path in self.paths], dtype=np.int64)
         self.num_tokens = int(self.ends[-1]) if self.paths else 0
-        self._open = lru_cache(maxsize=256)(self._map)  # a map holds a file descriptor
+        self._open = lru_cache(most_maps(self.paths))(
+            lambda i: open_shard(self.paths[i]).data.cast("B")
+        )
         if self.num_tokens <= block_size:
             where = self.paths[0].parent if self.paths else "no shards"
             raise ShardError(
@@ -112,12 +114,9 @@ class TokenWindows:
             bring_ahead(self.paths[shard])
             with contextlib.suppress(OSError), open(self.paths[shard], "rb") as file:
                 header = os.fstat(file.fileno()).st_size - 2 * (end - begin)
-                first, last = max(start, begin) - begin, min(stop, end) - begin
-                place = header + 2 * first, 2 * (last - first)
-                os.posix_fadvise(file.fileno(), *place, os.POSIX_FADV_WILLNEED)
-
-    def _map(self, shard: int) -> memoryview:
-        return open_shard(self.paths[shard]).data.cast("B")
+                offset = header + 2 * (max(start, begin) - begin)
+                length = 2 * (min(stop, end) - max(start, begin))
+                os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
     def _report_bad_id(self, tokens: np.ndarray, starts: np.ndarray) -> None:
         row, column = np.argwhere(tokens >= self.vocab_size)[0]
