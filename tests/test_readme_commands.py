@@ -13,9 +13,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -71,7 +71,12 @@ EXCEPTIONS = {  # the same for commands with these words in them
 
 
 # Pages whose commands need machines that are not here, and a benchmark that takes minutes.
-PARSED = {"docs/many-machines.md": "", "docs/changing-the-model.md": "benchmarks/"}
+PARSED = {
+    "docs/many-machines.md": "",
+    "docs/many-gpus.md": "",
+    "docs/object-stores.md": "",
+    "docs/changing-the-model.md": "benchmarks/",
+}
 
 
 class Sandbox:
@@ -110,8 +115,9 @@ class Sandbox:
             words[0]
         ]
         words = [sys.executable, *start, *words[1:], *more.split()]
-        done = subprocess.run(
+        done = forked.run(
             words,
+            popen=forked.AdapterPopen if "adapters" in program else forked.Popen,
             cwd=self.folder,
             env=self.environment,
             input=stdin,
@@ -248,7 +254,7 @@ def test_the_commands_that_train_and_score(sandbox):
         sandbox.run(words)
     assert (sandbox.folder / "checkpoints" / "gpt2-124m" / "final_model.pt").is_file()
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    subprocess.run(
+    forked.run(
         [sys.executable, "-c", code], cwd=sandbox.folder, env=sandbox.environment, check=True
     )
     for name in ("gpt2", "gpt2-xl"):
@@ -294,7 +300,7 @@ def test_the_snippets_of_python_are_true(sandbox):
     sandbox.run("python train_gpt2.py --data input.txt")
     snippets = re.findall(r"```python\n(.*?)```", page("docs/python-api.md"), re.DOTALL)
     code = "\n".join(snippets) + "\nassert len(losses) > 0\n"
-    subprocess.run(
+    forked.run(
         [sys.executable, "-c", code], cwd=sandbox.folder, env=sandbox.environment, check=True
     )
     others = [name for name in PAGES if "```python" in page(name)]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from free_port import free_port
 from tiny_runs import logged
@@ -45,9 +46,7 @@ def run_on(folders, *flags):
         *("--local_addr=127.0.0.1", train_gpt2.__file__, *FLAGS, *flags),
     ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    agents = [
-        subprocess.Popen(command, cwd=folder, env=environment(), **pipes) for folder in folders
-    ]
+    agents = [forked.Popen(command, cwd=folder, env=environment(), **pipes) for folder in folders]
     try:
         outputs = [agent.communicate(timeout=200) for agent in agents]
     finally:

@@ -28,11 +28,11 @@ way out. Rows of parquet files are counted from 0 as pyarrow and pandas do, line
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import first_line
-from pretrain.text import folders, foreign
+from pretrain.text import addresses, folders, foreign
 from pretrain.text.columns import Chosen, split
 from pretrain.text.readers import READABLE, format_of, reader_of
 from pretrain.text.source import (
@@ -82,8 +82,10 @@ def local_source(
     text_column: str = "text",
     on_bad_document: str = "stop",
     columns: Sequence[str | None] | None = None,
+    patience: Patience | None = None,
 ) -> Source:
-    """Files, folders and glob patterns (with ** for any depth), in the order given, each file once.
+    """Files, folders and glob patterns (with ** for any depth), in the order given, each file once;
+    on this machine, or at addresses of object stores, of servers and of datasets on the Hub.
 
     A folder stands for all .parquet, .jsonl and .txt files below it (plain .json only where it is
     named: folders have many that are no documents) in the order of their relative paths, links
@@ -99,7 +101,15 @@ def local_source(
         named = [(os.fspath(path), column) for path, column in zip(paths, columns, strict=True)]
     chosen = Chosen()
     edges: dict[str, str | None] = {}
+    patience = patience or Patience()
+    elsewhere = addresses.find_all([given for given, _ in named], patience)
     for given, column in named:
+        if column == text_column:
+            column = None
+        if given in elsewhere:
+            for file in elsewhere[given]:
+                chosen.add(str(file.url), file, column)
+            continue
         for found in folders.find(given):
             file, edge = _local_file(found)
             if column and file.kind == "txt" and os.path.isfile(given):
@@ -107,25 +117,34 @@ def local_source(
             if file.problem and on_bad_document == "stop":
                 raise SourceError(f"{file.path}: {file.problem} {LEAVE_OUT_FILES}")
             real = os.path.normcase(os.path.realpath(file.path))
-            if chosen.add(real, file, column if column != text_column else None):
+            if chosen.add(real, file, column):
                 edges[file.path] = edge
     files = chosen.files
     if all(file.problem for file in files.values()):
         file = next(iter(files.values()))
         raise SourceError(f"{file.path}: {file.problem}, and nothing else is there to be read")
+    described = _described(files.values(), edges)
+    kind = "stored" if any(file.url for file in files.values()) else "local"
+    description = {"kind": kind, "text_column": text_column, "files": described}
+    name = folders.name_of([path for path, _ in named])
+    return Source(name, tuple(files.values()), text_column, description, patience, chosen.notes())
+
+
+def _described(files: Iterable[File], edges: dict[str, str | None]) -> list[dict[str, Any]]:
+    """What the manifest records of the files; edges: hashes by path, of those on this machine."""
     described: list[dict[str, Any]] = []
     left = HASHED_BYTES
-    for file in files.values():
+    for file in files:
+        own = {"text_column": file.column} if file.column else {}
+        if file.url:
+            described.append({"path": file.path, "size": file.size, "tag": file.tag} | own)
+            continue
         entry = {"path": file.path, "size": file.size, "edges_sha256": edges[file.path]}
-        described.append(entry | {"mtime_ns": file.mtime_ns})
-        if file.column:
-            described[-1]["text_column"] = file.column
+        described.append(entry | {"mtime_ns": file.mtime_ns} | own)
         left -= file.size
         if left >= 0 and not file.problem:
             described[-1]["sha256"] = _sha256(file)
-    description = {"kind": "local", "text_column": text_column, "files": described}
-    name = folders.name_of([path for path, _ in named])
-    return Source(name, tuple(files.values()), text_column, description, Patience(), chosen.notes())
+    return described
 
 
 def _local_file(found: folders.Found) -> tuple[File, str | None]:
@@ -168,7 +187,9 @@ def changed_files(recorded: Sequence[dict], source: Source) -> list[str]:
         return [f"{len(recorded)} files then, {len(here)} now"]
     problems = []
     for file, before, now in zip(source.files, recorded, here, strict=True):
-        if file.url:
+        if file.tag:  # where it lies may change, too
+            same = all(before.get(key) == now[key] for key in ("size", "tag"))
+        elif file.url:
             same = before == now
         else:
             same = all(before.get(key) == now[key] for key in ("size", "edges_sha256"))
@@ -294,7 +315,7 @@ def read_unit(
             raise UnreadableFile(f"{file.path}: {file.problem}")
         with open_file(file, source.patience) as stored:
             yield from read_open_file(source, unit, stored, skip_rows=skip_rows, report=report)
-        check_unchanged(file)
+        check_unchanged(file, patience=source.patience)
     except UnreadableFile as error:
         if on_bad_document == "stop":
             raise UnreadableFile(f"{error} {LEAVE_OUT_FILES}") from None

@@ -16,7 +16,6 @@ decides what depends on it; the others are told.
 """
 
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict
@@ -29,15 +28,21 @@ from torch import Tensor
 from pretrain import __version__, distributed, files
 from pretrain.distributed import Ranks
 from pretrain.errors import lasting_output
-from pretrain.report.console import Console
-from pretrain.report.runlog import Measured, RunLog, Stopwatch, eval_line, eval_values, start_block
-from pretrain.report.trackers import open_trackers
+from pretrain.report.console import Console, columns
+from pretrain.report.lines import eval_line
+from pretrain.report.runlog import Measured, RunLog, Stopwatch, eval_values, start_block
+from pretrain.report.trackers import PACKAGES, open_trackers
 from pretrain.train import best
 from pretrain.train import checkpoint as checkpoints
+from pretrain.train.best import Record
 from pretrain.train.checkpoint import CheckpointError
+from pretrain.train.costs import Meter, throughput
+from pretrain.train.describe import changed_flags, warnings_of
 from pretrain.train.loader import BatchLoader
+from pretrain.train.parallel import is_sharded
+from pretrain.train.saving import Saver
 from pretrain.train.schema import problem_in_continued
-from pretrain.train.settings import TrainSettings, changed_flags, warnings_of
+from pretrain.train.settings import TrainSettings
 from pretrain.train.state import TrainState, read_on_first, source_of, source_problem
 from pretrain.train.stopping import NotFinite, StopSignal
 
@@ -81,6 +86,8 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self.log:
+            self._saver.close()
         if self.log and isinstance(error, Exception):
             reason = "not finite" if isinstance(error, NotFinite) else type(error).__name__
             self.log.write("stop", step=self.state.step, reason=f"{reason}: {error}")
@@ -95,7 +102,7 @@ class Run:
             self.ranks.on_first(self._lock)
         self.path = self.ranks.on_first(self._find)
         if self.path:
-            self.saved = read_on_first(self.ranks, self._load)
+            self.saved = read_on_first(self.ranks, self._load, whole=not is_sharded(settings))
         elif settings.resume == "auto":
             self.ranks.together(self._refuse_run_elsewhere)
 
@@ -214,19 +221,21 @@ class Run:
         state, settings = self.state, self.settings
         for warning in warnings_of(settings, setup["steps_per_epoch"]):
             self.warn(warning)
-        self.log = RunLog(self.out_dir, enabled=self.ranks.is_first)
+        log = RunLog(self.out_dir, enabled=self.ranks.is_first)
+        self._saver = Saver(settings, self.ranks, state, log)
+        self._meter = Meter(settings.price_per_hour, self.ranks, log.path)
+        self.log = log
         if self.ranks.is_first:
             files.write_json(self.out_dir / "config.json", setup)
             self.log.write("start", step=state.step, resumed_from=self.path, **setup)
             origin = f"continues {self.path}, step {state.step:,}" if self.path else "begins anew"
             print(start_block(setup, origin))
-            for tracker in open_trackers(
-                settings.tensorboard, settings.wandb, self.log.path, state.step, setup
-            ):
+            wanted = [name for name in PACKAGES if getattr(settings, name)]
+            for tracker in open_trackers(wanted, self.log.path, state.step, setup):
                 self.log.follow(self._stack.enter_context(closing(tracker)))
         console = Console(settings.max_iters, state.step, enabled=self.ranks.is_first)
         self.console = self._stack.enter_context(closing(console))
-        self.watch, self._lap_step, self._saved_at = Stopwatch(), state.step, time.monotonic()
+        self.watch, self._lap_step = Stopwatch(), state.step
 
     # ---- while it goes on
 
@@ -260,33 +269,29 @@ class Run:
         self.signal = self.stop.agreed_now()
         if self.signal:
             return
+        self._saver.end()
         val, train = scores["val"], scores["train"]
         before, state.record = state.record, state.record.after(state.step, val["loss"])
         state.last_eval_step, state.loss, state.val_loss = state.step, train["loss"], val["loss"]
         progress = self.loader.progress(state.step)
         values = eval_values((scores, tasks), progress, is_counted=bool(settings.val_tokens))
         record = self._write("eval", best_val_loss=state.record.best_val_loss, **values)
-        self.say(eval_line(record, settings.max_iters))
-        if not self._save_evaluation():
-            state.record = before  # what no file holds is no record
+        self.say(eval_line(record, settings.max_iters, columns()))
+        self._save_evaluation(before)
         every = settings.sample_interval * interval
         if every and state.step and (self._length_is_reached() or state.step % every == 0):
             self._write_sample()
         self.watch.resume()
 
-    def _save_evaluation(self) -> bool:
-        """Save this step's evaluation under all its names."""
-        state = self.state
+    def _save_evaluation(self, before: Record) -> None:
+        """Save this step's evaluation under all its names. before: the record without it."""
+        state, is_last = self.state, self._length_is_reached()
         names = [checkpoints.iter_name(state.step, state.val_loss)]
         names += [checkpoints.BEST] * (state.record.best_step == state.step)
-        names += [checkpoints.FINAL] * self._length_is_reached()
-        is_saved = self.save(*names)
-        if is_saved and self.ranks.is_first:
-            try:
-                checkpoints.prune(self.out_dir, self.settings.keep_checkpoints)
-            except OSError as error:
-                self.warn(f"{self.out_dir}: old checkpoints stay: {error.strerror}")
-        return is_saved
+        names += [checkpoints.FINAL] * is_last
+        self.save(*names, prune=True, at_once=is_last, otherwise=before)
+        if is_last:
+            self._saver.end()
 
     def _write_sample(self) -> None:
         values = self._sample()
@@ -301,34 +306,17 @@ class Run:
         self.stop.at_once = False  # there is something to save now
         if state.step % settings.log_interval == 0 or state.step == settings.max_iters:
             self._log_update(loss, grad_norm)
-        if self._save_is_due():
+        self._saver.report()
+        if self._saver.is_due():
             self.watch.pause()
             self.save(checkpoints.RESUME)
             self.watch.resume()
-
-    def _save_is_due(self) -> bool:
-        """Whether resume.pt is to be saved now; by rank 0's clock, where it is by time."""
-        settings = self.settings
-        if settings.checkpoint_interval and self.state.step % settings.checkpoint_interval == 0:
-            return True
-        seconds = 60 * settings.checkpoint_minutes
-        if not seconds or (self.ranks.world_size > 1 and self.state.step % self._asked_every):
-            return False
-        return self.ranks.broadcast(time.monotonic() - self._saved_at > seconds)
-
-    @property
-    def _asked_every(self) -> int:
-        """Steps from one look at rank 0's clock to the next, since each is a wait for it."""
-        return min(10, self.settings.log_interval)
 
     def _log_update(self, loss: Tensor, grad_norm: Tensor) -> None:
         state, setup = self.state, self.setup
         state.loss = self.ranks.sum(loss.item())[0] / self.ranks.world_size
         seconds, steps = self.watch.lap(), state.step - self._lap_step
         self._lap_step = state.step
-        speed = steps * setup["tokens_per_step"] / seconds  # tokens per second
-        flops_per_token = state.model.flops_per_token(setup["run"]["block_size"])
-        flops, peak = speed * flops_per_token / self.ranks.world_size, setup["peak_flops"]
         sources = self.loader.progress(state.step)
         record = self._write(
             "train",
@@ -336,10 +324,8 @@ class Run:
             epoch=state.step / setup["steps_per_epoch"],
             learning_rate=state.learning_rate,
             grad_norm=grad_norm.item(),
-            tokens_per_second=speed,
-            milliseconds_per_step=1000 * seconds / steps,
-            mfu=flops / peak if peak else None,
-            memory_bytes=distributed.peak_memory(self.ranks.device),
+            **throughput(state.model, setup, steps, seconds, self.ranks),
+            **self._meter.values(),
             **({"sources": sources} if sources else {}),
         )
         if self.console:
@@ -357,24 +343,13 @@ class Run:
 
     # ---- saving and ending
 
-    def save(self, *names: str) -> bool:
-        """Write this point of the run under these names in out_dir; whether that worked, on every
-        rank. A full disk stops nothing: it is said, and the checkpoints that are there stay."""
+    def save(self, *names: str, **options: Any) -> None:
+        """Write this point of the run under these names in out_dir: see Saver.begin. A full disk
+        stops nothing: it is said, and the checkpoints that are there stay."""
+        self._saver.end()  # the one before
         tokens = self.state.step * self.setup["tokens_per_step"]
         content = self._about | {"tokens": tokens} | self.state.state_dict()
-        is_saved = self.ranks.broadcast(self.ranks.is_first and self._write_names(content, names))
-        self._saved_at = time.monotonic()
-        return is_saved
-
-    def _write_names(self, content: dict[str, Any], names: tuple[str, ...]) -> bool:
-        try:
-            checkpoints.save(self.out_dir / names[0], content)
-            for name in names[1:]:
-                checkpoints.link(self.out_dir / names[0], self.out_dir / name)
-        except CheckpointError as error:
-            self.warn(str(error))
-            return False
-        return True
+        self._saver.begin(content, names, **options)
 
     def finish(self) -> int:
         """Save and say how the run ended. Returns the exit status."""
@@ -384,12 +359,15 @@ class Run:
             self.say(
                 f"signal {self.signal} at step {state.step:,}: saving; the same command continues"
             )
-            is_saved = self.save(checkpoints.RESUME)
+            self.save(checkpoints.RESUME, at_once=True)
+            is_saved = self._saver.end()
             self.log.write("stop", step=state.step, reason=f"signal {self.signal}")
             return 128 + self.signal if is_saved else 1
-        is_done = self.ranks.on_first(checkpoints.is_finished, self.out_dir, state.step)
-        if not is_done and not self.save(checkpoints.FINAL):
-            return 1
+        self._saver.end()
+        if not self.ranks.on_first(checkpoints.is_finished, self.out_dir, state.step):
+            self.save(checkpoints.FINAL, at_once=True)
+            if not self._saver.end():
+                return 1
         record = state.record
         if state.step < self.settings.max_iters:
             ago = f"{record.evals_since_best} evaluations ago"
