@@ -81,7 +81,7 @@ MAY_IMPORT = {
     "text": set(),
     "tokens": {"text"},
     "report": {"tokens", "text"},
-    "train": {"tokens", "text", "report"},
+    "train": {"models", "tokens", "text", "report"},
     "eval": {"train", "tokens", "text", "report"},
     "models": set(),
 }
@@ -155,7 +155,7 @@ def test_nobody_imports_the_command_line_scripts_and_nothing_imports_adapters():
     for path in sources():
         if "benchmarks" not in path.parts:
             assert not top_level(path) & {"train_gpt2", "fineweb"}, path
-        if path.parent.name != "adapters":
+        if path.parent.name not in {"adapters", "benchmarks"}:
             assert "adapters" not in top_level(path), path
 
 
@@ -197,7 +197,7 @@ def test_help_and_wrong_flags_are_answered_before_anything_heavy_is_loaded():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("--help") >= len(PROGRAMS)
-    assert done.stderr.count("no_such_flag") >= len(PROGRAMS)
+    assert done.stderr.count("error:") >= len(PROGRAMS)
 
 
 @pytest.mark.parametrize(("given", "read"), [(None, "PASSIVE"), ("active", "ACTIVE")])

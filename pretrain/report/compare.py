@@ -23,7 +23,10 @@ from pretrain.report.runs import Run, column, headline, number, task_results
 OWN = ("out_dir", "resumed_from", "config", "resume", "git_revision", "git_changed", "data_dir")
 # What follows from flags that differ, and would say it a second time.
 DERIVED = ("last_learning_rate", "max_tokens", "steps_per_epoch")
-LEFT_OUT = ("versions.", "flags.wandb", "flags.tensorboard", "flags.trackio")
+LEFT_OUT = (
+    *("versions.", "memory.", "flags.async_save"),
+    *("flags.wandb", "flags.tensorboard", "flags.trackio"),
+)
 
 
 @dataclass

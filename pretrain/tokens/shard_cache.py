@@ -16,6 +16,7 @@ import os
 import queue
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.errors import UserError
@@ -28,6 +29,7 @@ from pretrain.tokens.manifest import MANIFEST, Manifest, Shard, ShardError
 
 MARK = ".store.json"
 ROOM_LOCK = ".room.lock"
+MAPS = 256
 THREADS = 4  # that bring shards ahead of need, in a process
 
 
@@ -75,6 +77,15 @@ def cached_tokens(path: Path) -> int | None:
     return _shard(path).tokens if is_cache(path.parent) else None
 
 
+def most_maps(paths: Sequence[Path]) -> int:
+    """How many shards to keep mapped: each takes a file descriptor, and one of a cache its place on
+    the disk, even after it has made room."""
+    if not paths or not is_cache(paths[0].parent):
+        return MAPS
+    largest = max(shard_bytes(path.name, _shard(path).tokens) for path in paths)
+    return min(MAPS, max(2, _mark(paths[0].parent)["max_bytes"] // largest))
+
+
 def bring(path: Path) -> None:
     """Have a shard of a cache on this machine; at once for one that is here, or of another folder.
 
@@ -86,7 +97,7 @@ def bring(path: Path) -> None:
     if _use(path):
         return
     folder, shard = path.parent, _shard(path)
-    mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    mark = _mark(folder)
     address, size = f"{mark['address']}/{path.name}", shard_bytes(path.name, shard.tokens)
     with lock(folder / f".{path.name}.lock", f"{path}: is locked", wait_seconds=-1):
         if _use(path):  # brought while this process waited
@@ -110,6 +121,10 @@ def bring_ahead(path: Path) -> None:
     `bring`."""
     if is_cache(path.parent) and not _use(path):
         _bringers(os.getpid()).want(path)
+
+
+def _mark(folder: Path) -> dict:
+    return json.loads((folder / MARK).read_text(encoding="utf-8"))
 
 
 def _use(path: Path) -> bool:

@@ -281,8 +281,8 @@ def test_a_stretch_is_zoomed_and_runs_and_axes_are_switched_and_kept(browser, pa
 def test_no_column_is_cut_on_a_phone_or_on_paper(browser, page):
     cut = (
         "[...document.querySelectorAll('td, th')].filter(c => c.getClientRects().length &&"
-        " (c.scrollWidth > c.clientWidth + 1 ||"
-        " c.getBoundingClientRect().right > innerWidth)).length"
+        " (c.scrollWidth > c.clientWidth + 1"
+        " || c.getBoundingClientRect().right > innerWidth)).length"
     )
     browser.show(page, width=375)
     browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true), 0")
