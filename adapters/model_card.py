@@ -265,7 +265,7 @@ def _data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _source_rows(sources: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, source in sources.items():
         (_, first), *later = source["weights"].items()
         weight = f"{first:g}" + "".join(f", {w:g} from step {int(s):,}" for s, w in later)

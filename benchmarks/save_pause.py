@@ -3,7 +3,8 @@
     $ python benchmarks/save_pause.py
     GPT-2 124M with AdamW on cpu, ... GB a checkpoint, ... saves of each in turn
       --no-async_save   pause ... s (... to ...)
-      --async_save      pause ... s (... to ...), ... % of the other (... to ...); written in ... s
+      --async_save      pause ... s (... to ...), ... % of the other (... to ...)
+                        written in ... s (... to ...)
       an update while a checkpoint is written takes ... x the time of one alone (... to ...)
 
 The saves are those of train_gpt2.py (pretrain/train/saving.py), with fsync, into a folder that is
@@ -91,11 +92,10 @@ def measure(size: str, saves: int, device_name: str, folder: Path) -> None:
     print(f"{about}, {size_bytes / 1e9:.2f} GB a checkpoint, {saves} saves of each in turn")
     waits, behind = pauses["waits"][1:], pauses["behind"][1:]
     shares = [100 * b / w for b, w in zip(behind, waits, strict=True)]
+    share = f"{spread(shares, '.1f')} % of the other"
     print(f"  --no-async_save   pause {spread(waits, '.3f')} s")
-    print(
-        f"  --async_save      pause {spread(behind, '.3f')} s, {spread(shares, '.1f')} % of the other;"
-        f" written in {statistics.median(written[1:]):.1f} s"
-    )
+    print(f"  --async_save      pause {spread(behind, '.3f')} s, {share}")
+    print(f"                    written in {spread(written[1:], '.1f')} s")
     print(
         "  an update while a checkpoint is written takes"
         f" {spread(slower[1:], '.2f')} x the time of one alone"

@@ -398,9 +398,8 @@ def test_a_signal_ends_cleanly_and_the_same_command_continues(tmp_path, finished
 def children(pid: int) -> list[int]:
     """Worker processes, not the resource tracker of multiprocessing."""
     pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [
-        int(each) for each in pids if b"spawn_main" in Path(f"/proc/{each}/cmdline").read_bytes()
-    ]
+    lines = {each: Path(f"/proc/{each}/cmdline").read_bytes() for each in pids}
+    return [int(each) for each, line in lines.items() if b"resource_tracker" not in line]
 
 
 def alive(pid: int) -> bool:

@@ -14,6 +14,8 @@ from benchmarks import gpu
 from benchmarks.gpu_parts.pack import make_pack
 from benchmarks.gpu_parts.variants import GROUPS
 from benchmarks.gpu_parts.worker import Gone, Process
+from pretrain.files import sha256
+from pretrain.tokens.tokenizer import MERGES_SHA256, VOCABULARY_SHA256
 
 ROOT = Path(__file__).parent.parent
 # What requirements.txt asks for and a machine with torch, numpy and tiktoken alone does not have.
@@ -43,7 +45,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     make_pack(folder / "data", None, train_tokens=20_000)
     words = ["--small", "--device", "cpu", "--data", str(folder / "data"), "--out_dir"]
-    command = [sys.executable, "-c", BARE, *words, str(folder / "results")]
+    command = [sys.executable, "-c", BARE, *words, str(folder / "results"), "--minutes", "60"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     log = folder / "results" / "workers.log"
     said = done.stdout + done.stderr + (log.read_text() if log.exists() else "")
@@ -51,6 +53,7 @@ def results(tmp_path_factory):
     return folder, json.loads((folder / "results" / "gpu.json").read_text())
 
 
+@pytest.mark.slow
 def test_in_small_it_runs_whole_on_torch_numpy_and_tiktoken_alone(results):
     _, found = results
     assert found["failed"] == []
@@ -70,6 +73,7 @@ def test_in_small_it_runs_whole_on_torch_numpy_and_tiktoken_alone(results):
     assert all(one["tokens_per_second"] > 0 and one["to_plain"] > 0 for one in found["speed"])
 
 
+@pytest.mark.slow
 def test_what_it_measured_is_a_table_of_markdown(results):
     folder, found = results
     text = (folder / "results" / "gpu.md").read_text()
@@ -80,16 +84,13 @@ def test_what_it_measured_is_a_table_of_markdown(results):
     assert "skipped: several GPUs: one GPU" in text
 
 
+@pytest.mark.slow
 def test_the_pack_is_small_and_its_vocabulary_is_the_published_one(results):
-    from pretrain.tokens.tokenizer import FILE_SHA256
-
     folder, _ = results
     files = [file for file in (folder / "data").rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 3_000_000
-    from pretrain.files import sha256
-
     hashes = {sha256(file) for file in (folder / "data" / "vocabulary").iterdir()}
-    assert hashes == set(FILE_SHA256.values())
+    assert hashes == {VOCABULARY_SHA256, MERGES_SHA256}
 
 
 # ---- workers

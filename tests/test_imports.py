@@ -81,7 +81,7 @@ MAY_IMPORT = {
     "text": set(),
     "tokens": {"text"},
     "report": {"tokens", "text"},
-    "train": {"tokens", "text", "report"},
+    "train": {"models", "tokens", "text", "report"},
     "eval": {"train", "tokens", "text", "report"},
     "models": set(),
 }

@@ -71,7 +71,12 @@ EXCEPTIONS = {  # the same for commands with these words in them
 
 
 # Pages whose commands need machines that are not here, and a benchmark that takes minutes.
-PARSED = {"docs/many-machines.md": "", "docs/many-gpus.md": "", "docs/object-stores.md": "", "docs/changing-the-model.md": "benchmarks/"}
+PARSED = {
+    "docs/many-machines.md": "",
+    "docs/many-gpus.md": "",
+    "docs/object-stores.md": "",
+    "docs/changing-the-model.md": "benchmarks/",
+}
 
 
 class Sandbox:

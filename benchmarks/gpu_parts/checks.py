@@ -199,9 +199,14 @@ def check_resume(place: Place, folder: Path) -> str:
         torch.load(out_dir / "final_model.pt", weights_only=True)["model"]
         for out_dir in (whole, parts)
     ]
-    distance = max((models[0][k] - models[1][k]).abs().max().item() for k in models[0])
-    # Exact on a CPU; some kernels of a GPU add in an order that changes from run to run.
-    limit = 0.0 if place.device.type == "cpu" else 1e-3
+    # Of the blocks alone: most rows of the embedding have not moved. The root of the mean square,
+    # since AdamW makes a whole step of a gradient that is nothing but rounding.
+    both = zip(*(m.items() for m in models), strict=True)
+    errors = [a - b for (name, a), (_, b) in both if ".h." in name]
+    distance = torch.cat([error.flatten() for error in errors]).square().mean().sqrt().item()
+    # Exact on a CPU. Some kernels of a GPU add in an order that changes from run to run; with other
+    # batches, or other dropout, in the second half it would be 2e-3.
+    limit = 0.0 if place.device.type == "cpu" else 3e-4
     return agree(f"weights after {last} updates in one go, and in two", distance, limit)
 
 

@@ -94,7 +94,6 @@ def score_examples(
     rows = engine.make_rows(items, parts.block_size, share=parts.packs)
     batches = engine.make_batches(rows, batch_tokens or engine.BATCH_TOKENS.get(place.type, 4096))
     mine, num_own = _share(batches, rank, world_size)
-
     losses = np.zeros((len(items), 4))
     computing, bar = engine.computing(place, dtype), _bar(mine, progress * (rank == 0))
     with evaluating(model), computing, bar as show:
@@ -112,13 +111,9 @@ def score_examples(
             f"losses of the model are not finite on {bad} of {len(items)} examples"
         )
     truncated = sum(len(r.choices) for r in rows if len(r.context) < len(items[r.item].context))
-    return Result(
-        style,
-        len(items),
-        truncated=truncated,
-        seconds=time.perf_counter() - t0,
-        **_accuracies(losses, lengths, labels),
-    )
+    seconds = time.perf_counter() - t0
+    accuracies = _accuracies(losses, lengths, labels)
+    return Result(style, len(items), truncated=truncated, seconds=seconds, **accuracies)
 
 
 def _encoded(

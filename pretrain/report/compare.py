@@ -21,7 +21,10 @@ from pretrain.report.runs import Run, column, headline, number, task_results
 
 # Settings that differ between any two runs and tell nothing of them.
 OWN = ("out_dir", "resumed_from", "config", "resume", "git_revision", "git_changed", "data_dir")
-LEFT_OUT = ("versions.", "flags.wandb", "flags.tensorboard", "flags.trackio")
+LEFT_OUT = (
+    *("versions.", "memory.", "flags.async_save"),
+    *("flags.wandb", "flags.tensorboard", "flags.trackio"),
+)
 
 
 @dataclass

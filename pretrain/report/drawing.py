@@ -275,11 +275,11 @@ def legend(panel: Panel, kinds: tuple[dict, ...] = (), *, named: bool = True) ->
     lines."""
     from matplotlib.lines import Line2D
 
-    named = zip(panel.runs if named and len(panel.runs) > 1 else (), panel.looks, strict=False)
+    shown = panel.runs if named and len(panel.runs) > 1 else ()
     # A label that begins with an underscore would be left out.
     entries = [
         {"label": f" {run.name}"[:40], "color": color, "linestyle": (0, dash) if dash else "-"}
-        for run, (_, (color, dash)) in named
+        for run, (_, (color, dash)) in zip(shown, panel.looks, strict=False)
     ]
     handles = [Line2D([], [], **entry) for entry in (*entries, *kinds)]
     if handles:

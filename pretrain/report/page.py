@@ -121,8 +121,8 @@ def key_figures(run: Run) -> list[Figure]:
         at = f"at step {run.evals[best]['step']:,}"
         figures.append(Figure("Best validation loss", f"{val[best]:.4f}", at))
         figures.append(Figure("Best perplexity", f"{math.exp(min(val[best], 700)):,.2f}", at))
-        if math.isfinite(bits := number(run.evals[best].get("bits_per_byte"))):
-            figures.append(Figure("Bits per byte", f"{bits:.4f}", at))
+        if math.isfinite(of_bytes := number(run.evals[best].get("bits_per_byte"))):
+            figures.append(Figure("Bits per byte", f"{of_bytes:.4f}", at))
     else:
         figures += [Figure("Best validation loss", "–"), Figure("Best perplexity", "–")]
     loss = smooth(run.loss)
@@ -132,17 +132,22 @@ def key_figures(run: Run) -> list[Figure]:
     )
     for (task, scoring), results in task_results(run).items():
         last_step, result = results[-1]
-        metric, value = headline(result) or ("acc_norm", math.nan)
+        metric, accuracy = headline(result) or ("acc_norm", math.nan)
         note = f"{metric} at step {last_step:,}"
-        if math.isfinite(count := number(result.get("n"))):
-            note += f", {count:,.0f} examples"
-        figures.append(Figure(f"{title(task)}, {scoring}", f"{100 * value:.2f} %", note))
+        if math.isfinite(examples := number(result.get("n"))):
+            note += f", {examples:,.0f} examples"
+        figures.append(Figure(f"{title(task)}, {scoring}", f"{100 * accuracy:.2f} %", note))
     rate = column(run.train, "tokens_per_second")
     share = column(run.train, "mfu")
     note = (
         f"median; MFU {100 * np.nanmedian(share):.1f} %" if np.isfinite(share).any() else "median"
     )
     figures.append(Figure("Time", duration(run.seconds_running), "with evaluations and saves"))
+    if saves := [record for record in run.records if record["event"] == "save"]:
+        pause = np.nansum(column(saves, "pause_seconds"))
+        figures.append(
+            Figure("Saves", f"{len(saves):,}", f"training waited {pause:,.1f} s for them")
+        )
     figures.append(
         Figure("Tokens/s", f"{np.nanmedian(rate):,.0f}" if np.isfinite(rate).any() else "–", note)
     )

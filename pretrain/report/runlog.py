@@ -15,6 +15,8 @@ One JSON object a line, appended, never rewritten. Events:
              val_tokens where --val_tokens set them
              Both have sources of a mixture: {name: {"tokens": ..., "epochs": ...}} that it was
              trained on, in eval with its val_loss, train_loss, accuracy and bits_per_byte
+    save     a checkpoint is on the disk: step, file, bytes, pause_seconds that training waited for
+             it, write_seconds that it took; the line may come some steps later
     sample   prompt, and text: how the model continues it
     stop     why a run ended: finished, signal, not finite
 `step` counts the updates made so far; `tokens` the tokens they were made from. A run that was

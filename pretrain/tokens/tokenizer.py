@@ -250,7 +250,6 @@ def _available_backend(backend: str) -> str:
     if backend == "tiktoken":
         return backend
     try:
-        import awkward  # noqa: F401 - how documents are handed to gigatoken
         import gigatoken  # noqa: F401
     except ImportError as error:
         advice = "`pip install gigatoken` makes it some 30 times faster"

@@ -62,7 +62,7 @@ def needed(
     moments = sum(own[p] * count for p, count in _moments(optimizer).items())
     rows, width = batch_size * block_size, model.config.n_embd
     vocabulary = model.config.padded_vocab_size
-    logits = min(rows, HEAD_ROWS) * vocabulary * dtype.itemsize
+    logits = min(rows, model.head_rows or HEAD_ROWS) * vocabulary * dtype.itemsize
     logits += 4 * min(rows, SOFTMAX_ROWS) * vocabulary * FLOAT32
     return Memory(
         weights=size * FLOAT32,
@@ -153,6 +153,7 @@ def _activations(
         with torch.device("meta"):
             sample = kind(replace(model.config, n_layer=n_layer)).train()
         sample.gradient_checkpointing = checkpointing
+        sample.residual_dtype = model.residual_dtype
         # Blocks are gathered in the dtype of the computation, where autocast would keep a copy.
         in_blocks = [m for b in blocks_of(sample) for m in b.modules()] if is_sharded else []
         with FakeTensorMode():

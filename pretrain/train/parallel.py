@@ -16,9 +16,11 @@ What is saved is whole, and the same as that of one process: see whole().
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -93,6 +95,7 @@ def shard(model: Any, ranks: Ranks, dtype: torch.dtype, *, reshard_after_forward
         param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in blocks_of(model):
+        _let_norms_take_any(block)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh)
     model.to_empty(device=ranks.device)
@@ -104,6 +107,19 @@ def shard(model: Any, ranks: Ranks, dtype: torch.dtype, *, reshard_after_forward
     with torch.no_grad():
         model.eval()(torch.zeros(1, 1, dtype=torch.int64, device=ranks.device))
     model.train(is_training).reshard()
+
+
+def _let_norms_take_any(block: nn.Module) -> None:
+    """Gathered in half precision, the gains of a norm meet a stream in float32: autocast makes them
+    one dtype on a GPU, and on a CPU, where layer_norm takes no two, nobody would."""
+    for norm in block.modules():
+        if isinstance(norm, nn.LayerNorm):
+            norm.forward = partial(_normed, norm)  # type: ignore[method-assign]
+
+
+def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    bias = None if norm.bias is None else norm.bias.to(x.dtype)
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), bias, norm.eps)
 
 
 def compile_blocks(model: nn.Module, compiler: Callable[[Any], Any]) -> None:
@@ -165,7 +181,9 @@ def shared_out(optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
             name: shared_out(part, saved[name]) for name, part in parts.items() if name in saved
         }
         return saved | mine
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        return saved
     state = {
         number: {name: _part(name, value, parameters[number]) for name, value in moments.items()}
         for number, moments in saved["state"].items()

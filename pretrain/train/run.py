@@ -221,9 +221,10 @@ class Run:
         state, settings = self.state, self.settings
         for warning in warnings_of(settings, setup["steps_per_epoch"]):
             self.warn(warning)
-        self.log = RunLog(self.out_dir, enabled=self.ranks.is_first)
-        self._meter = Meter(settings.price_per_hour, self.ranks, self.log.path)
-        self._saver = Saver(settings, self.ranks, state, self.log)
+        log = RunLog(self.out_dir, enabled=self.ranks.is_first)
+        self._saver = Saver(settings, self.ranks, state, log)
+        self._meter = Meter(settings.price_per_hour, self.ranks, log.path)
+        self.log = log
         if self.ranks.is_first:
             files.write_json(self.out_dir / "config.json", setup)
             self.log.write("start", step=state.step, resumed_from=self.path, **setup)
