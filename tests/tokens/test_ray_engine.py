@@ -19,7 +19,7 @@ from pretrain.tokens.ray_engine import RayEngine, RayError
 from pretrain.tokens.tokenizer import Tokenizer
 
 ray = pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 ROOT = Path(__file__).parents[2]
 SETTINGS = Settings(shard_size=3000)
 
