@@ -93,11 +93,19 @@ $(HARNESS)/.installed:
 	$(HARNESS)/$(notdir $(BIN))/python -m pip install --quiet --disable-pip-version-check 'lm_eval[hf]'
 	@touch $@
 
-BESIDE_HARNESS := benchmarks/hellaswag_lm_eval.py
+# What some have to be told.
+ARGS_recipe.py := --data input.txt --small --steps 96
+ARGS_gpu.py := --out_dir checkpoints/gpu-benchmark
+ARGS_hellaswag_lm_eval.py := --harness $(HARNESS)/$(notdir $(BIN))/python
 bench: $(VENV)/.dev $(HARNESS)/.installed
-	set -e; for script in $(filter-out $(BESIDE_HARNESS),$(wildcard benchmarks/*.py)); do \
-		echo "== $$script"; $(PY) $$script; done
-	$(PY) $(BESIDE_HARNESS) --harness $(HARNESS)/$(notdir $(BIN))/python
+	$(foreach script,$(sort $(wildcard benchmarks/*.py)),\
+		@echo "== $(script)"$(newline)	$(PY) $(script) $(ARGS_$(notdir $(script)))$(newline))
+
+# A line of a recipe ends where one of these does.
+define newline
+
+
+endef
 
 resolve:
 	$(PYTHON) .ci/resolve

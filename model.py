@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.errors import CheckpointError
-from pretrain.ops import Linear, linear, linear_cross_entropy, score_head
+from pretrain.ops import Linear, linear, linear_cross_entropy, residual, score_head
 
 __all__ = ["GPT", "CheckpointError", "GPTConfig", "KVCache", "load_checkpoint"]
 
@@ -148,6 +148,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.residual_dtype: torch.dtype | None = None  # of the sum through the blocks: see ops
+        self.head_rows = 0  # tokens whose logits exist at a time; 0: as the device has it
         device = torch.get_default_device()
         # Without torch's own initialization: every number that is drawn is drawn below.
         with torch.device("meta"):
@@ -216,6 +218,7 @@ class GPT(nn.Module):
             # The scorer passes its own: it packs several endings of one context into a row.
             position_ids = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position_ids))
+        x = residual(x, self.residual_dtype)
         for block in self.transformer.h:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, attn_mask, use_reentrant=False)
@@ -248,7 +251,9 @@ class GPT(nn.Module):
         hidden, targets, wte = hidden.flatten(0, 1), targets.flatten(), self.transformer.wte.weight
         # Not in the lecture: logits exist for some rows at a time, not for the whole batch, where
         # they would be the largest thing in memory (16 x 1024 tokens: 3.3 GB in float32).
-        return None, linear_cross_entropy(hidden, wte, targets, self.config.vocab_size, weights)
+        return None, linear_cross_entropy(
+            hidden, wte, targets, self.config.vocab_size, weights, rows=self.head_rows
+        )
 
     @torch.no_grad()
     def score(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

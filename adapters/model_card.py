@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from model import GPT
 
 RECORD = "training.json"
-EVALUATION = ("step", "tokens", "train_loss", "val_loss", "perplexity", "accuracy")
+EVALUATION = (
+    "step",
+    "tokens",
+    "train_loss",
+    "val_loss",
+    "perplexity",
+    "bits_per_byte",
+    "accuracy",
+)
 SETUP = (
     "tokens_per_step",
     "processes",
@@ -257,7 +265,7 @@ def _data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _source_rows(sources: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, source in sources.items():
         (_, first), *later = source["weights"].items()
         weight = f"{first:g}" + "".join(f", {w:g} from step {int(s):,}" for s, w in later)

@@ -1,9 +1,13 @@
-"""What all tests share: how many cases a fuzz test draws, and a network that is not there."""
+"""What all tests share: one thread each, how many cases a fuzz test draws, and libraries that are
+quiet."""
 
 import os
 
 import pytest
 from hypothesis import settings
+
+# Tests are small: several threads would wait for each other, which keeps all cores busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if cases := os.environ.get("FUZZ_CASES"):  # make fuzz
     settings.register_profile("fuzz", max_examples=int(cases), deadline=None)
@@ -20,3 +24,21 @@ def _quiet_libraries():
         del os.environ["HF_HUB_DISABLE_TELEMETRY"]
     else:
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = before
+
+
+@pytest.fixture(scope="session")
+def _s3_server():
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    from loopback_s3 import LoopbackS3
+
+    with LoopbackS3() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(_s3_server, monkeypatch):
+    """An empty S3 on loopback, which this test's process finds in its environment."""
+    _s3_server.reset()
+    _s3_server.use(monkeypatch)
+    return _s3_server

@@ -28,6 +28,7 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h: orphans below this process become 
 # Variables that Python and torch's libraries read when they start: a server for each setting.
 READ_AT_START = ("OMP_", "MKL_", "KMP_", "OPENBLAS_", "CUDA_", "PYTORCH_", "TORCH_LOGS")
 READ_AT_START += ("PYTHON", "LD_", "MALLOC_", "LC_", "LANG")
+READ_BY_ADAPTERS = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "ACCELERATE_", "HOME", "XDG_")
 READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
 UNUSED = {  # options of Popen that a fork does not know, and their values when nobody gives them
     **{"preexec_fn": None, "pass_fds": (), "executable": None, "shell": False, "close_fds": True},
@@ -46,6 +47,8 @@ _asking = threading.Lock()
 class Popen(subprocess.Popen):
     """subprocess.Popen, of a fork where that can be."""
 
+    imports = ("torch._dynamo",)  # by the server; the first optimizer of a process needs it
+
     def _execute_child(self, *arguments, **named):
         start = super()._execute_child
         options = inspect.signature(start).bind(*arguments, **named).arguments
@@ -56,6 +59,7 @@ class Popen(subprocess.Popen):
         environment = dict(os.environ if options["env"] is None else options["env"])
         ends = [options[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         self.pid = ask(
+            self.imports,
             words=[os.fspath(word) for word in words[1:]],
             folder=os.path.abspath(options["cwd"] or "."),
             environment={
@@ -69,9 +73,15 @@ class Popen(subprocess.Popen):
         return None
 
 
-def run(*arguments, check=False, **named):
+class AdapterPopen(Popen):
+    """For programs of adapters/: their frameworks take ten seconds more."""
+
+    imports = (*Popen.imports, "accelerate", "lightning.pytorch", "transformers.models.gpt2")
+
+
+def run(*arguments, popen=Popen, check=False, **named):
     """subprocess.run, of a fork where that can be."""
-    before, subprocess.Popen = subprocess.Popen, Popen
+    before, subprocess.Popen = subprocess.Popen, popen
     try:
         return subprocess.run(*arguments, check=check, **named)
     finally:
@@ -87,10 +97,10 @@ def is_forkable(words):
     return len(words) > 0 and (words[0] in ("-c", "-m") or not words[0].startswith("-"))
 
 
-def ask(*, environment, files, **about):
+def ask(imports, *, environment, files, **about):
     """The pid of a new child of this process, forked by the server of this environment."""
     with _asking:
-        channel, _ = server(environment)
+        channel, _ = server(environment, imports)
         adopt(True)
         try:
             message = json.dumps(about | {"environment": environment}).encode()
@@ -109,24 +119,27 @@ def adopt(whether):
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def read_at_start(environment):
-    return tuple(
-        (name, environment[name])
-        for name in sorted(environment)
-        if name.startswith(READ_AT_START) and name not in READ_LATER
-    )
+def read_at_start(environment, imports):
+    """What tells servers apart."""
+    prefixes = READ_AT_START if imports == Popen.imports else (*READ_AT_START, *READ_BY_ADAPTERS)
+    names = [name for name in environment if name.startswith(prefixes) and name not in READ_LATER]
+    return imports, *((name, environment[name]) for name in sorted(names))
 
 
-def server(environment):
+def server(environment, imports):
     """The server for this environment, which is started where there is none."""
-    key = read_at_start(environment)
+    key = read_at_start(environment, imports)
     if key not in _servers:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import forked"
         kept = {name: value for name, value in environment.items() if name not in READ_LATER}
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-c", f"{code}; forked.serve_and_run({theirs.fileno()})"],
+                [
+                    sys.executable,
+                    "-c",
+                    f"{code}; forked.serve_and_run({theirs.fileno()}, {imports})",
+                ],
                 env=kept,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -140,9 +153,10 @@ def server(environment):
 # ---- the server and its forks
 
 
-def serve_and_run(number):
+def serve_and_run(number, imports):
     """The life of a server, and in each of its forks the program that was asked for."""
-    importlib.import_module("torch._dynamo")  # the first optimizer of a process imports it
+    for name in imports:
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()
     sys.path[:] = [entry for entry in sys.path if entry not in ("", str(Path(__file__).parent))]
@@ -228,7 +242,7 @@ def serve_below():
     theirs.close()
     handler = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
     importlib.import_module(handler).Popen = Popen
-    _servers[read_at_start(os.environ)] = ours, None
+    _servers[read_at_start(os.environ, Popen.imports)] = ours, None
 
 
 def execute(words):

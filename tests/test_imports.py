@@ -81,7 +81,7 @@ MAY_IMPORT = {
     "text": set(),
     "tokens": {"text"},
     "report": {"tokens", "text"},
-    "train": {"tokens", "text", "report"},
+    "train": {"models", "tokens", "text", "report"},
     "eval": {"train", "tokens", "text", "report"},
     "models": set(),
 }
@@ -153,7 +153,7 @@ def test_the_scorer_takes_a_model_and_does_not_know_ours():
 
 def test_nobody_imports_the_command_line_scripts_and_nothing_imports_adapters():
     for path in sources():
-        if path.parent.name != "benchmarks":
+        if "benchmarks" not in path.parts:
             assert not top_level(path) & {"train_gpt2", "fineweb"}, path
         if path.parent.name not in {"adapters", "benchmarks"}:
             assert "adapters" not in top_level(path), path
@@ -161,7 +161,7 @@ def test_nobody_imports_the_command_line_scripts_and_nothing_imports_adapters():
 
 def test_frameworks_stay_in_adapters():
     for path in sources():
-        if path.parent.name in {"adapters", "benchmarks"}:
+        if {"adapters", "benchmarks"} & set(path.parts):
             continue
         for module, function in imports(path):
             inside = function is not None

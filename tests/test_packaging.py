@@ -2,6 +2,7 @@
 that no two files disagree on versions or requirements."""
 
 import ast
+import hashlib
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import published_vocabulary
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -116,7 +118,8 @@ def requirements(lines):
 
 
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-STAGES = ("hub", "plots", "fast")  # that requirements.txt has besides what pip installs by itself
+# Those that requirements.txt has besides what pip installs by itself.
+STAGES = ("hub", "plots", "fast", "offline")
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,7 @@ STAGES = ("hub", "plots", "fast")  # that requirements.txt has besides what pip 
         ),
         ("requirements-adapters.txt", EXTRAS["adapters"]),
         ("requirements-ray.txt", EXTRAS["ray"]),
+        ("requirements-stores.txt", EXTRAS["stores"]),
         ("requirements-dev.txt", EXTRAS["dev"]),
     ],
 )
@@ -137,7 +141,13 @@ def test_a_requirements_file_and_pyproject_say_the_same(file, listed):
 
 
 def test_the_stages_work_where_no_extra_is_installed(tmp_path):
-    """In one process that cannot import them; what does need one says so in a line."""
+    """In one process that cannot import them; what does need one says so in a line. GPT-2's
+    vocabulary is where tiktoken keeps what it has downloaded."""
+    for name in ("encoder.json", "vocab.bpe"):
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        kept = tmp_path / "vocabulary" / hashlib.sha1(url.encode()).hexdigest()
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_bytes(published_vocabulary.serve(url))
     assert EXTRAS["all"] == [f"gpt2-pretrain[{','.join(STAGES)}]"]
     absent = [name for extra in STAGES for name in requirements(EXTRAS[extra])]
     absent = [name.replace("-", "_") for name in absent if name != "requests"]  # tiktoken's
@@ -162,7 +172,11 @@ print(fineweb.main(["--dataset", "some/where", "--out_dir", "e"]))
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"},
+        env={
+            **os.environ,
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "TIKTOKEN_CACHE_DIR": str(tmp_path / "vocabulary"),
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -71,7 +71,12 @@ EXCEPTIONS = {  # the same for commands with these words in them
 
 
 # Pages whose commands need machines that are not here, and a benchmark that takes minutes.
-PARSED = {"docs/many-machines.md": "", "docs/changing-the-model.md": "benchmarks/"}
+PARSED = {
+    "docs/many-machines.md": "",
+    "docs/many-gpus.md": "",
+    "docs/object-stores.md": "",
+    "docs/changing-the-model.md": "benchmarks/",
+}
 
 
 class Sandbox:
@@ -112,6 +117,7 @@ class Sandbox:
         words = [sys.executable, *start, *words[1:], *more.split()]
         done = forked.run(
             words,
+            popen=forked.AdapterPopen if "adapters" in program else forked.Popen,
             cwd=self.folder,
             env=self.environment,
             input=stdin,

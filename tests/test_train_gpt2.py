@@ -742,7 +742,7 @@ def test_a_compiled_run_trains_alike_and_compiles_nothing_for_evaluations(
 
 def test_without_a_compiler_a_run_goes_on_uncompiled(flags, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(
-        train_gpt2.distributed, "compiler_problem", lambda device: "no C++ compiler was found"
+        "pretrain.train.speed.compiler_problem", lambda device: "no C++ compiler was found"
     )
     command = [
         *flags,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pretrain.distributed import Ranks
 from pretrain.eval.generation import evaluating
+from pretrain.report.console import silent
 from pretrain.tokens.tokenizer import END_OF_TEXT, TokenizerUnavailable, load_encoding
 from pretrain.train.data import TrainingData
 from pretrain.train.loader import BatchLoader, TokenWindows
@@ -72,6 +73,8 @@ def evaluate(
     ranks: Ranks,
     autocast: AbstractContextManager,
     interrupted: Callable[[], bool] = lambda: False,
+    progress: Callable[[str, int, int], None] = silent,
+    score: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> dict[str, dict[str, float]]:
     """{"val": {"loss": mean over all tokens, "accuracy": share predicted right, "tokens": how
     many, "bits_per_byte": loss in bits over the bytes that the tokens stand for}, ...}.
@@ -80,14 +83,15 @@ def evaluate(
     end-of-text tokens cost bits and count no byte.
 
     model.score(x, y) returns the sum of losses, the number of right predictions and of tokens, as
-    GPT.score does. All batches have one shape, (batch_size, block_size), and every rank makes as
-    many: with sharded weights each is a call of all ranks. Once `interrupted` says so on any rank
-    the rest is left out on all, and the numbers mean nothing. The model is in eval mode meanwhile,
-    in its own mode after.
+    GPT.score does; `score` is the same, compiled. All batches have one shape, (batch_size,
+    block_size), and every rank makes as many: with sharded weights each is a call of all ranks.
+    Once `interrupted` says so on any rank the rest is left out on all, and the numbers mean
+    nothing. progress is told the set, and how many of how many batches are done. The model is in
+    eval mode meanwhile, in its own mode after.
     """
     sums: list[float] = []
     with evaluating(model):
-        for windows, numbers in sets.values():
+        for name, (windows, numbers) in sets.items():
             totals = np.zeros(SUMS)
             mine = numbers[ranks.rank :: ranks.world_size]
             most = math.ceil(len(numbers) / ranks.world_size)  # windows of the rank with most
@@ -96,8 +100,9 @@ def evaluate(
                     break
                 x, y = padded_batch(windows, mine[i : i + batch_size], batch_size)
                 with autocast:
-                    scores = model.score(x.to(ranks.device), y.to(ranks.device))
+                    scores = (score or model.score)(x.to(ranks.device), y.to(ranks.device))
                 totals += [*(score.item() for score in scores), count_bytes(y)]
+                progress(name, i // batch_size + 1, math.ceil(most / batch_size))
             sums += totals.tolist()
     sums = ranks.sum(*sums)
     parts = [sums[i : i + SUMS] for i in range(0, len(sums), SUMS)]

@@ -21,7 +21,10 @@ from pretrain.report.runs import Run, column, headline, number, task_results
 
 # Settings that differ between any two runs and tell nothing of them.
 OWN = ("out_dir", "resumed_from", "config", "resume", "git_revision", "git_changed", "data_dir")
-LEFT_OUT = ("versions.", "flags.wandb", "flags.tensorboard")
+LEFT_OUT = (
+    *("versions.", "memory.", "flags.async_save"),
+    *("flags.wandb", "flags.tensorboard", "flags.trackio"),
+)
 
 
 @dataclass
@@ -64,6 +67,13 @@ def speed(run: Run) -> float:
     return float(np.nanmedian(rates)) if np.isfinite(rates).any() else math.nan
 
 
+def so_far(run: Run, name: str) -> float:
+    """The last value of something that adds up; nan where there is none."""
+    values = column(run.train, name)
+    values = values[np.isfinite(values)]
+    return float(values[-1]) if len(values) else math.nan
+
+
 def _of_best(name: str) -> Callable[[Run], float]:
     return lambda run: number(best_evaluation(run).get(name))
 
@@ -91,6 +101,8 @@ def measures(runs: list[Run]) -> list[Measure]:
         ),
         Measure("tokens", tokens, ",.0f", None),
         Measure("tokens/s", speed, ",.0f", max),
+        Measure("dollars", lambda run: so_far(run, "dollars"), ",.2f", None),
+        Measure("kWh", lambda run: so_far(run, "kilowatt_hours"), ",.2f", None),
         Measure("seconds", lambda run: run.seconds_running, ",.0f", None),
     ]
     return [m for m in found if any(math.isfinite(m.of(run)) for run in runs)]

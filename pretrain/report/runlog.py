@@ -9,12 +9,14 @@ lines.
 One JSON object a line, appended, never rewritten. Events:
     start    a process began or resumed here: every flag, the data, the device
     train    one line per --log_interval: step, loss, learning_rate, grad_norm, tokens,
-    tokens_per_second, ...
+    tokens_per_second, ...; dollars and kilowatt_hours so far where they are known
     eval     train_loss, val_loss, perplexity, accuracy, bits_per_byte, and tasks: {name: {"n": ...,
              "acc": ..., "acc_norm": ..., "style": ...}} for those that could be scored;
              val_tokens where --val_tokens set them
              Both have sources of a mixture: {name: {"tokens": ..., "epochs": ...}} that it was
              trained on, in eval with its val_loss, train_loss, accuracy and bits_per_byte
+    save     a checkpoint is on the disk: step, file, bytes, pause_seconds that training waited for
+             it, write_seconds that it took; the line may come some steps later
     sample   prompt, and text: how the model continues it
     stop     why a run ended: finished, signal, not finite
 `step` counts the updates made so far; `tokens` the tokens they were made from. A run that was
@@ -35,7 +37,6 @@ from typing import Any
 
 from pretrain.report import schema
 from pretrain.report.known import title
-from pretrain.report.schema import tasks_of
 
 FILE_NAME = "metrics.jsonl"
 # Loss and accuracy by set of windows, and the summaries of tasks by their names.
@@ -203,6 +204,7 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
             f"evaluation  {evaluated}",
             f"device      {setup['device']}, {setup['dtype']}{', compiled' * setup['compiled']}, "
             f"{peak}",
+            f"memory      {_memory(setup['memory'], setup['processes'])}",
             f"output      {flags['out_dir']}: {origin}",
         ]
     )
@@ -259,6 +261,15 @@ def eval_values(
     return values
 
 
+def _memory(parts: dict[str, int], processes: int) -> str:
+    """Bytes by what they are for, and their "total", as a line: those that count in GB."""
+    listed = [f"{k} {v / 1e9:.1f}" for k, v in parts.items() if k != "total" and v >= 5e7]
+    where = " in each process" if processes > 1 else ""
+    return (
+        f"at least {parts['total'] / 1e9:.1f} GB{where}" + ": " * bool(listed) + ", ".join(listed)
+    )
+
+
 def perplexity(loss: float) -> float:
     """exp(loss), inf where that is beyond float64 (from 709 nats on)."""
     return math.exp(loss) if loss < 709 else math.inf if loss >= 709 else math.nan
@@ -305,60 +316,6 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{int(seconds // size)} {unit} {int(seconds % size // small)} {small_unit}"
     raise AssertionError(seconds)
-
-
-def train_line(record: dict[str, Any], max_iters: int) -> str:
-    """The console's line of a "train" record.
-
-    step   1000/600000 | loss  6.1234 | lr 3.00e-04 | norm   0.91 |   123,457 tok/s |    265.4 ms |
-    12.3 GB
-
-    with "mfu 41.2%" before the memory where the device's peak is known.
-    """
-    parts = [
-        _step(record, max_iters),
-        f"loss {record['loss']:7.4f}",
-        f"lr {record['learning_rate']:.2e}",
-        f"norm {record['grad_norm']:6.2f}",
-        f"{record['tokens_per_second']:9,.0f} tok/s",
-        f"{record['milliseconds_per_step']:8.1f} ms",
-    ]
-    if record.get("mfu") is not None:
-        parts.append(f"mfu {record['mfu']:5.1%}")
-    return " | ".join([*parts, f"{record['memory_bytes'] / 1e9:5.1f} GB"])
-
-
-def eval_line(record: dict[str, Any], max_iters: int) -> str:
-    """The console's line of an "eval" record.
-
-    step   2000/600000 | val loss  3.2912 | train loss  3.2544 | ppl    26.87 | accuracy 38.1%
-
-    with "hellaswag 29.5% (10042)", acc_norm and the number of examples, for each task that there
-    is, and how many contexts were cut to fit into the model.
-    """
-    parts = [
-        _step(record, max_iters),
-        f"val loss {record['val_loss']:7.4f}",
-        f"train loss {record['train_loss']:7.4f}",
-        f"ppl {schema.number(record['perplexity']):8.2f}",
-        f"accuracy {record['accuracy']:5.1%}",
-    ]
-    if "val_tokens" in record and "bits_per_byte" in record:
-        parts.append(f"bits per byte {record['bits_per_byte']:.4f}")
-    for name, part in record.get("sources", {}).items():
-        tokens = part["tokens"]
-        size = f"{tokens / 1e6:,.1f}M" if tokens >= 1e6 else f"{tokens:,}"
-        done = f"{size} tokens, {part['epochs']:.2f} epochs"
-        parts.append(f"{name} {part['val_loss']:.4f} ({done})")
-    for name, result in tasks_of(record).items():
-        cut = f", {result['truncated']} contexts cut" if result.get("truncated") else ""
-        parts.append(f"{name} {result['acc_norm']:5.1%} ({result['n']}{cut})")
-    return " | ".join(parts)
-
-
-def _step(record: dict[str, Any], max_iters: int) -> str:
-    width = len(str(max_iters))
-    return f"step {record['step']:{width}d}/{max_iters}"
 
 
 def _plain(value: Any) -> Any:

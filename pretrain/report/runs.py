@@ -163,6 +163,10 @@ class Run:
         return f"still going{resumed}"
 
     @property
+    def is_going(self) -> bool:
+        return self.status().startswith("still going")
+
+    @property
     def stop(self) -> Record | None:
         return self.records[-1] if self.records[-1].get("event") == "stop" else None
 

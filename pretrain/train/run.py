@@ -28,18 +28,21 @@ from torch import Tensor
 from pretrain import __version__, distributed, files
 from pretrain.distributed import Ranks
 from pretrain.errors import lasting_output
-from pretrain.report.console import Console
-from pretrain.report.runlog import Measured, RunLog, Stopwatch, eval_line, eval_values, start_block
-from pretrain.report.trackers import open_trackers
+from pretrain.report.console import Console, columns
+from pretrain.report.lines import eval_line
+from pretrain.report.runlog import Measured, RunLog, Stopwatch, eval_values, start_block
+from pretrain.report.trackers import PACKAGES, open_trackers
 from pretrain.train import best
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train.best import Record
 from pretrain.train.checkpoint import CheckpointError
+from pretrain.train.costs import Meter, throughput
+from pretrain.train.describe import changed_flags, warnings_of
 from pretrain.train.loader import BatchLoader
 from pretrain.train.parallel import is_sharded
 from pretrain.train.saving import Saver
 from pretrain.train.schema import problem_in_continued
-from pretrain.train.settings import TrainSettings, changed_flags, warnings_of
+from pretrain.train.settings import TrainSettings
 from pretrain.train.state import TrainState, read_on_first, source_of, source_problem
 from pretrain.train.stopping import NotFinite, StopSignal
 
@@ -218,16 +221,17 @@ class Run:
         state, settings = self.state, self.settings
         for warning in warnings_of(settings, setup["steps_per_epoch"]):
             self.warn(warning)
-        self.log = RunLog(self.out_dir, enabled=self.ranks.is_first)
-        self._saver = Saver(settings, self.ranks, state, self.log)
+        log = RunLog(self.out_dir, enabled=self.ranks.is_first)
+        self._saver = Saver(settings, self.ranks, state, log)
+        self._meter = Meter(settings.price_per_hour, self.ranks, log.path)
+        self.log = log
         if self.ranks.is_first:
             files.write_json(self.out_dir / "config.json", setup)
             self.log.write("start", step=state.step, resumed_from=self.path, **setup)
             origin = f"continues {self.path}, step {state.step:,}" if self.path else "begins anew"
             print(start_block(setup, origin))
-            for tracker in open_trackers(
-                settings.tensorboard, settings.wandb, self.log.path, state.step, setup
-            ):
+            wanted = [name for name in PACKAGES if getattr(settings, name)]
+            for tracker in open_trackers(wanted, self.log.path, state.step, setup):
                 self.log.follow(self._stack.enter_context(closing(tracker)))
         console = Console(settings.max_iters, state.step, enabled=self.ranks.is_first)
         self.console = self._stack.enter_context(closing(console))
@@ -272,7 +276,7 @@ class Run:
         progress = self.loader.progress(state.step)
         values = eval_values((scores, tasks), progress, is_counted=bool(settings.val_tokens))
         record = self._write("eval", best_val_loss=state.record.best_val_loss, **values)
-        self.say(eval_line(record, settings.max_iters))
+        self.say(eval_line(record, settings.max_iters, columns()))
         self._save_evaluation(before)
         every = settings.sample_interval * interval
         if every and state.step and (self._length_is_reached() or state.step % every == 0):
@@ -313,9 +317,6 @@ class Run:
         state.loss = self.ranks.sum(loss.item())[0] / self.ranks.world_size
         seconds, steps = self.watch.lap(), state.step - self._lap_step
         self._lap_step = state.step
-        speed = steps * setup["tokens_per_step"] / seconds  # tokens per second
-        flops_per_token = state.model.flops_per_token(setup["run"]["block_size"])
-        flops, peak = speed * flops_per_token / self.ranks.world_size, setup["peak_flops"]
         sources = self.loader.progress(state.step)
         record = self._write(
             "train",
@@ -323,10 +324,8 @@ class Run:
             epoch=state.step / setup["steps_per_epoch"],
             learning_rate=state.learning_rate,
             grad_norm=grad_norm.item(),
-            tokens_per_second=speed,
-            milliseconds_per_step=1000 * seconds / steps,
-            mfu=flops / peak if peak else None,
-            memory_bytes=distributed.peak_memory(self.ranks.device),
+            **throughput(state.model, setup, steps, seconds, self.ranks),
+            **self._meter.values(),
             **({"sources": sources} if sources else {}),
         )
         if self.console:

@@ -37,7 +37,7 @@ class Snapshot:
 
     They take as much memory as the file (GPT-2 124M with AdamW: 1.5 GB), from the first save to the
     end of the run. Where the tensors are on a GPU the buffers are pinned: the copy is as fast as
-    the bus.
+    the bus. Of pinned memory torch takes powers of two, so up to twice as much.
     """
 
     def __init__(self, ranks: Ranks):

@@ -196,7 +196,9 @@ def test_a_kill_before_an_export_has_its_name_leaves_the_one_of_before(tmp_path)
     huggingface.export(gpt(seed=1), out)
     before = contents(out)
     command = [sys.executable, "-c", KILLED, "export", str(path), str(out)]
-    done = forked.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = forked.run(
+        command, popen=forked.AdapterPopen, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert contents(out) == before
     assert run("export", path, out) == 0

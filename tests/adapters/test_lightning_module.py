@@ -242,8 +242,10 @@ def test_two_processes_train_and_evaluate_like_one_with_twice_the_micro_batches(
     """The five validation windows are three on one process and two on the other."""
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = forked.run(
-        [sys.executable, tmp_path / "two.py", data_dir, tmp_path],
+        [*torchrun, tmp_path / "two.py", data_dir, tmp_path],
+        popen=forked.AdapterPopen,
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},

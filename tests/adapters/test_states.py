@@ -315,6 +315,7 @@ def test_a_run_killed_between_writing_a_state_and_its_name_goes_on(name, runs, d
     command = [sys.executable, "-c", KILLING, module, function, str(calls)]
     done = forked.run(
         [*command, TRAINERS[name].__name__, *argv],
+        popen=forked.AdapterPopen,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

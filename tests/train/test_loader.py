@@ -6,13 +6,10 @@ import pytest
 import torch
 
 from pretrain.tokens.shards import Manifest, Shard, ShardError
+from pretrain.train import data as data_module
 from pretrain.train import loader as loader_module
-from pretrain.train.loader import (
-    ShardLoader,
-    TokenWindows,
-    refuse_different_data,
-    verify_data,
-)
+from pretrain.train.data import refuse_different_data, verify_data
+from pretrain.train.loader import ShardLoader, TokenWindows
 
 
 def write_shards(folder, lengths, seed=0, split="train", highest=50257):
@@ -328,7 +325,7 @@ def test_large_data_sets_are_verified_only_when_asked(tmp_path, monkeypatch):
     make_folder(tmp_path)
     path = tmp_path / "t_val_000000.npy"
     np.save(path, np.load(path) // 2)
-    monkeypatch.setattr(loader_module, "VERIFIED_BYTES", 100)
+    monkeypatch.setattr(data_module, "VERIFIED_BYTES", 100)
     verify_data(tmp_path, None)
     with pytest.raises(ShardError, match="t_val"):
         verify_data(tmp_path, True)

@@ -13,7 +13,9 @@ from tiny_runs import flags, write_shards
 
 import train_gpt2
 from pretrain.distributed import Ranks
+from pretrain.report.page import key_figures
 from pretrain.report.runlog import RunLog, read_log
+from pretrain.report.runs import Run
 from pretrain.train import checkpoint as checkpoints
 from pretrain.train import saving
 from pretrain.train.best import Record
@@ -142,6 +144,8 @@ def test_the_log_says_for_how_long_a_save_made_training_wait(data, tmp_path):
         for record in saves:
             assert record["pause_seconds"] > 0 and record["write_seconds"] > 0
             assert record["bytes"] > 1e6
+        figures = {figure.label: figure for figure in key_figures(Run.load(tmp_path / name))}
+        assert figures["Saves"].value == "4" and "training waited" in figures["Saves"].note
 
 
 KILLED = """
