@@ -40,7 +40,7 @@ define NEXT_STEPS
 What there is now
   $(QUICK)/report.html       curves, samples, settings, findings: open it in a browser
   $(QUICK)/metrics.jsonl     the same in numbers, a line for every event
-  $(QUICK)/final_model.pt    the last model, which has seen the text 24 times; the samples are its own
+  $(QUICK)/final_model.pt    the last model, which has seen the text 6 times; the samples are its own
   $(QUICK)/best_val_loss.pt  the one with the lowest validation loss; the score is of this one
   $(QUICK)/data              the tokens
 The validation loss first falls below the unigram entropy (both are in the lines of step 2): more than
@@ -57,6 +57,8 @@ endef
 export NEXT_STEPS
 
 quickstart: $(VENV)/.stages
+	@echo "Text becomes tokens, a small GPT learns them on the CPU, is scored, writes, and a page shows how it went:"
+	@echo "three to four minutes on two older cores; once it learns, step 2 says how long that takes here."
 	@echo "== 1. Text becomes tokens"
 	$(PY) fineweb.py --source input.txt --val_fraction 0.1 --out_dir $(QUICK)/data
 	$(PY) fineweb.py --verify --out_dir $(QUICK)/data
