@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a fresh clone with Python >= 3.11 and a package index is enough.
 #   make quickstart   environment, then the whole product on input.txt with a small model on a CPU
 #   make test         environment, then all tests (no network, no GPU)
+#   make setup        environment alone, with what the tests need
 #   make lint         ruff's rules and form over everything, mypy over the product
 #   make fuzz         the tests that mutate files, with many more cases: FUZZ_CASES=10000
 #   make bench        the benchmarks behind the figures in README
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 endif
 PY := $(BIN)/python
 
-.PHONY: quickstart test lint fuzz bench resolve clean
+.PHONY: quickstart setup test lint fuzz bench resolve clean
 .DEFAULT_GOAL := quickstart
 
 # pip runs only when a requirements file is newer than the stamp that the last installation left.
@@ -26,8 +27,9 @@ $(VENV)/.stages: requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+# Most of these files are never imported: compiling them all would take half a minute.
 $(VENV)/.dev: requirements-dev.txt requirements-adapters.txt requirements-ray.txt $(VENV)/.stages
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
 	@touch $@
 
 # Each step keeps what an earlier run of it left, and says so.
@@ -71,9 +73,12 @@ quickstart: $(VENV)/.stages
 	$(PY) -m pretrain.report $(QUICK)
 	@echo "$$NEXT_STEPS"
 
-# Tests are small: one thread each and several at a time beats the other way round.
+setup: $(VENV)/.dev
+
+# Tests are small: one thread each and several at a time beats the other way round. Each process takes
+# a stretch of them, so that few fixtures are made twice; one that is done early helps another.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -84,7 +89,7 @@ lint: $(VENV)/.dev
 FUZZ_CASES ?= 10000
 fuzz: $(VENV)/.dev
 	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(PY) -m pytest -k fuzz --timeout=0 \
-		--numprocesses auto --maxprocesses 8 --dist loadgroup $(PYTEST_ARGS)
+		--numprocesses auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 # lm_eval's versions of other packages leave those of this project alone.
 HARNESS := $(VENV)/lm_eval

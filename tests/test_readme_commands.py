@@ -30,7 +30,8 @@ import fineweb
 from model import GPT, GPTConfig
 from pretrain.train.settings import from_command_line
 
-pytestmark = pytest.mark.timeout(900)  # whole programs, one after the other
+# Whole programs, one after the other.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ITEMS = "tests/data/hellaswag_items.jsonl"
 COPIED = (
     "fineweb.py",
