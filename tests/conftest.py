@@ -1,13 +1,8 @@
-"""What all tests share: how many cases a fuzz test draws, and a network that is not there."""
+"""What all tests share: libraries that count their users are told not to."""
 
 import os
 
 import pytest
-from hypothesis import settings
-
-if cases := os.environ.get("FUZZ_CASES"):  # make fuzz
-    settings.register_profile("fuzz", max_examples=int(cases), deadline=None)
-    settings.load_profile("fuzz")
 
 
 @pytest.fixture(autouse=True, scope="session")
