@@ -23,6 +23,7 @@ import torch
 
 from pretrain import files, weights
 from pretrain.errors import CheckpointError, first_line
+from pretrain.rendezvous import environment
 from pretrain.train.schema import problem_in
 from pretrain.weights import BEST, FINAL
 
@@ -172,7 +173,7 @@ def find(out_dir: str | Path, resume: str, flags: Mapping[str, Any] | None = Non
     for leftover in out_dir.iterdir():
         if LEFTOVER.fullmatch(leftover.name) and leftover.is_file():
             leftover.unlink()
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+    if environment("TORCHELASTIC_RESTART_COUNT", 0) > 0:
         resume = "auto"
     path, step = None, -1
     if resume == "auto":
