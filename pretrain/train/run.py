@@ -38,7 +38,7 @@ from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.schema import problem_in_continued
 from pretrain.train.settings import TrainSettings, changed_flags, warnings_of
 from pretrain.train.state import TrainState, read_on_first, source_of, source_problem
-from pretrain.train.stopping import NotFinite, StopSignal
+from pretrain.train.stopping import StopSignal
 
 T = TypeVar("T")
 # Loss and accuracy by set of windows, and the summaries of tasks by their names.
@@ -81,9 +81,8 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.log and isinstance(error, Exception):
-            reason = "not finite" if isinstance(error, NotFinite) else type(error).__name__
-            self.log.write("stop", step=self.state.step, reason=f"{reason}: {error}")
+        if self.log:
+            self.log.close(self.state.step, error)
         self._stack.__exit__(kind, error, trace)
 
     def _find_beginning(self) -> None:
@@ -97,17 +96,9 @@ class Run:
         if self.path:
             self.saved = read_on_first(self.ranks, self._load)
         elif settings.resume == "auto":
-            self.ranks.together(self._refuse_run_elsewhere)
-
-    def _refuse_run_elsewhere(self) -> None:
-        """Rank 0's disk holds no run; another machine's may, if torchrun has put them in another
-        order than last time: not to be begun anew. Raises CheckpointError."""
-        elsewhere = self.ranks.nodes[self.ranks.rank] != self.ranks.nodes[0]
-        if elsewhere and (found := sorted(self.out_dir.glob("*.pt"))):
-            raise CheckpointError(
-                f"{found[0]}: on the disk of rank {self.ranks.rank}'s machine, while rank 0 reads"
-                " and writes the run: start that machine first, or copy the folder to rank 0's"
-            )
+            rank, nodes = self.ranks.rank, self.ranks.nodes
+            is_elsewhere = nodes[rank] != nodes[0]
+            self.ranks.together(checkpoints.refuse_here, self.out_dir, rank * is_elsewhere)
 
     def _lock(self) -> None:
         self._stack.enter_context(checkpoints.lock(self.out_dir))
@@ -284,12 +275,14 @@ class Run:
         """Save this step's evaluation under all its names."""
         state = self.state
         names = [checkpoints.iter_name(state.step, state.val_loss)]
-        names += [checkpoints.BEST] * (state.record.best_step == state.step)
         names += [checkpoints.FINAL] * self._length_is_reached()
         is_saved = self.save(*names)
         if is_saved and self.ranks.is_first:
             try:
+                best.link_best(self.out_dir, state.record)
                 checkpoints.prune(self.out_dir, self.settings.keep_checkpoints)
+            except CheckpointError as error:  # the one that it should name stays, and is named then
+                self.warn(str(error))
             except OSError as error:
                 self.warn(f"{self.out_dir}: old checkpoints stay: {error.strerror}")
         return is_saved
@@ -369,27 +362,31 @@ class Run:
     def _write_names(self, content: dict[str, Any], names: tuple[str, ...]) -> bool:
         try:
             checkpoints.save(self.out_dir / names[0], content)
-            for name in names[1:]:
-                checkpoints.link(self.out_dir / names[0], self.out_dir / name)
         except CheckpointError as error:
             self.warn(str(error))
             return False
+        for name in names[1:]:
+            try:
+                checkpoints.link(self.out_dir / names[0], self.out_dir / name)
+            except CheckpointError as error:  # it is saved all the same
+                self.warn(str(error))
         return True
 
     def finish(self) -> int:
-        """Save and say how the run ended. Returns the exit status."""
+        """Save and say how the run ended: the exit status. Raises CheckpointError: not saved."""
         state = self.state
         assert self.log
         if self.signal:
             self.say(
                 f"signal {self.signal} at step {state.step:,}: saving; the same command continues"
             )
-            is_saved = self.save(checkpoints.RESUME)
+            if not self.save(checkpoints.RESUME):
+                raise checkpoints.end_not_saved(self.out_dir)
             self.log.write("stop", step=state.step, reason=f"signal {self.signal}")
-            return 128 + self.signal if is_saved else 1
+            return 128 + self.signal
         is_done = self.ranks.on_first(checkpoints.is_finished, self.out_dir, state.step)
         if not is_done and not self.save(checkpoints.FINAL):
-            return 1
+            raise checkpoints.end_not_saved(self.out_dir)
         record = state.record
         if state.step < self.settings.max_iters:
             ago = f"{record.evals_since_best} evaluations ago"

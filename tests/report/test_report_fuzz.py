@@ -156,6 +156,25 @@ def test_a_pipe_in_the_place_of_a_log_is_not_waited_for(tmp_path):
         Run.load(tmp_path)
 
 
+def test_a_log_that_cannot_be_read_is_named_once(tmp_path, monkeypatch):
+    write_run(tmp_path, HEALTHY[:5])
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pretrain.report.runs.read_log", refuse)
+    with pytest.raises(RunError) as error:
+        Run.load(tmp_path)
+    assert str(error.value) == f"{tmp_path}/metrics.jsonl: Permission denied"
+
+
+def test_a_page_that_cannot_be_written_is_called_as_its_user_calls_it(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", HEALTHY[:5])
+    assert report.main([str(folder), "--output", "/proc/x.html"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: /proc/x") and ".tmp" not in error and ".new" not in error
+
+
 def test_a_configuration_of_a_million_settings_is_cut(tmp_path):
     many = {f"k{i}": {"v": i} for i in range(100_000)}
     folder = write_run(tmp_path / "run", HEALTHY[:5], **many)

@@ -517,7 +517,10 @@ def test_any_bytes_of_a_header_are_taken_or_refused_in_one_line(tmp_path, data, 
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 100_000, '{"a":' * 50_000, '{"format": NaN}', "9" * 10_000, '{"format": 1, "tokens": 0'],
+    [
+        *("[" * 100_000, '{"a":' * 50_000, '{"format": NaN}', "9" * 10_000),
+        *('{"format": 1, "tokens": 0', '{"format": 1, "name": "\\ud800"}'),
+    ],
     ids=len,
 )
 def test_a_manifest_that_is_made_to_break_its_reader_is_refused(tmp_path, text):
