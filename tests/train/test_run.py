@@ -133,7 +133,7 @@ def test_a_save_that_fails_is_no_record(data, tmp_path, monkeypatch, capfd):
 
     def full(path, content):
         if "iter-4" in path.name:
-            raise train_gpt2.CheckpointError(f"{path}: not saved (No space left on device)")
+            raise train_gpt2.checkpoints.CheckpointError(f"{path}: not saved (No space left on device)")
         save(path, content)
 
     monkeypatch.setattr(train_gpt2.checkpoints, "save", full)
