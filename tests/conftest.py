@@ -14,6 +14,11 @@ if cases := os.environ.get("FUZZ_CASES"):  # make fuzz
     settings.load_profile("fuzz")
 
 
+def pytest_collection_modifyitems(items):
+    """Long tests come first: one that came last would run alone while other cores are idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_libraries():
     """Libraries that count their users are told not to, in subprocesses too."""

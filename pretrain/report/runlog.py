@@ -263,11 +263,11 @@ def eval_values(
 
 def _memory(parts: dict[str, int], processes: int) -> str:
     """Bytes by what they are for, and their "total", as a line: those that count in GB."""
+    total = parts["total"]
+    size = f"{total / 1e9:.1f} GB" if total >= 1e9 else f"{total / 1e6:.0f} MB"
     listed = [f"{k} {v / 1e9:.1f}" for k, v in parts.items() if k != "total" and v >= 5e7]
-    where = " in each process" if processes > 1 else ""
-    return (
-        f"at least {parts['total'] / 1e9:.1f} GB{where}" + ": " * bool(listed) + ", ".join(listed)
-    )
+    detail = f": {', '.join(listed)}" if listed and total >= 1e9 else ""
+    return f"at least {size}{' in each process' * (processes > 1)}{detail}"
 
 
 def perplexity(loss: float) -> float:
