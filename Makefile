@@ -88,7 +88,7 @@ lint: $(VENV)/.dev
 # Hours of cases are no hang: the limit on a test's time is off.
 FUZZ_CASES ?= 10000
 fuzz: $(VENV)/.dev
-	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(PY) -m pytest -k fuzz --timeout=0 \
+	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(PY) -m pytest -m hypothesis --timeout=0 \
 		--numprocesses auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 # lm_eval's versions of other packages leave those of this project alone.

@@ -88,6 +88,16 @@ class RunLog:
                 print(f"warning: {type(tracker).__name__} is left out: {error}", file=sys.stderr)
         return record
 
+    def close(self, step: int, error: BaseException | None = None) -> None:
+        """End the log. An exception that ends the run is its last record; lines that found no room
+        are lost now, and that is said."""
+        if isinstance(error, Exception):
+            reason = getattr(error, "reason", type(error).__name__)
+            self.write("stop", step=step, reason=f"{reason}: {error}")
+        if lost := len(self._pending.strip().splitlines()):
+            self._pending = b""
+            print(f"warning: {self.path}: no room for its last {lost} lines", file=sys.stderr)
+
     def follow(self, tracker: Any) -> None:
         """From now on tracker.write gets every record too; see pretrain/report/trackers.py."""
         self._trackers.append(tracker)

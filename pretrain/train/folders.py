@@ -60,8 +60,8 @@ def local_folders(
 
 
 def _needed(folder: Path, block_size: int) -> int:
-    """Bytes of the shards that hold the pool in use and the next one. A chunk of c bytes somewhere
-    in shards of s bytes touches 1 + c / s of them, on average."""
+    """Bytes of the shards that hold the pool in use and the next one. A chunk of c bytes in shards
+    of s bytes touches 1 + c / s of them, on average."""
     from pretrain.train.loader import CHUNK_WINDOWS, POOL_CHUNKS
 
     manifest = Manifest.load(folder)

@@ -2,6 +2,7 @@
 the name best_val_loss.pt say the same."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -111,6 +112,20 @@ def test_what_the_system_does_not_hand_out_is_not_damaged_and_stays(tmp_path, mo
         with pytest.raises(Unreadable, match=os.strerror(getattr(errno, name))) as caught:
             ask(tmp_path)
         assert "iter-8" in str(caught.value) and "damaged" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["iter-12-loss-2.0000.pt", "iter-12.pt", "resume.pt", "final_model.pt"]
+)
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_file_under_a_checkpoints_name_is_said_and_left_alone(tmp_path, name, make):
+    run_of(tmp_path, 5.0, 4.0)
+    make(tmp_path / name)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for ask in (newest, lambda folder: find(folder, "auto"), lambda folder: find(folder, "never")):
+        with pytest.raises(Unreadable, match=name):
+            ask(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
