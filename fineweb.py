@@ -13,12 +13,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain import __version__
 from pretrain.errors import lasting_output, program
 from pretrain.flags import AMOUNT, COUNT, REAL, number, parse
+from pretrain.text.source import DRIVERS
 from pretrain.tokens.engines import ENGINES
 from pretrain.tokens.interruption import stopped_by_signals
 from pretrain.tokens.manifest import ENDINGS
@@ -112,8 +112,9 @@ def add_document_flags(add: Callable[..., Any]) -> None:
         "--source",
         nargs="+",
         metavar="PATH",
-        help="local files, folders, patterns instead of a dataset: .parquet; .jsonl; .txt, cut in "
-        "documents at lines <|endoftext|>; the last two also as .gz and .zst",
+        help="files, folders, patterns instead of a dataset, on this machine or at s3://, gs://, "
+        "az://, hf://datasets/, https://: .parquet; .jsonl; .txt, cut in documents at lines "
+        "<|endoftext|>; the last two also as .gz and .zst",
     )
     add("--text_column", default="text", help="column or key with the text (default: %(default)s)")
     add(
@@ -132,7 +133,12 @@ def add_document_flags(add: Callable[..., Any]) -> None:
 
 
 def add_shard_flags(add: Callable[..., Any]) -> None:
-    add("--out_dir", type=Path, help="folder to write (default: data/SHARD_NAME)")
+    add(
+        "--out_dir",
+        metavar="PATH",
+        help="folder to write, on this machine or in a store, such as s3://bucket/folder; shards "
+        "are then made in data/.stores and sent one by one (default: data/SHARD_NAME)",
+    )
     add(
         "--shard_name",
         help="how file names begin (default: dataset and configuration, or name of the source)",
@@ -217,8 +223,8 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     if args.source and hub_flags:
         problems.append(
-            f"{', '.join(hub_flags)}: for datasets on the Hub, --source is for local files: "
-            "give either"
+            f"{', '.join(hub_flags)}: for a dataset as --dataset has it; --source has its files "
+            "named: give either"
         )
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         problems.append(f"--val_fraction {args.val_fraction}: expected a share between 0 and 1")
@@ -232,10 +238,9 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         )
     if args.max_tokens and (args.val_tokens or 1) >= args.max_tokens:
         problems.append("--max_tokens leaves nothing to train on behind the validation shard")
-    if args.out_dir and re.match(r"\w+:/", str(args.out_dir)) and os.sep == "/":
+    if (scheme := re.match(r"(\w+)://", args.out_dir or "")) and scheme[1] not in DRIVERS:
         problems.append(
-            f"--out_dir {args.out_dir}: shards are written to a disk; mount the store as a folder, "
-            "or copy them there afterwards"
+            f"--out_dir {args.out_dir}: shards are written to a folder, or to s3://, gs:// or az://"
         )
     if args.ray_address and args.engine != "ray":
         problems.append("--ray_address: needs --engine ray")

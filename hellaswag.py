@@ -33,8 +33,8 @@ from pretrain.eval.hellaswag import (
     load_examples,
     load_with_hash,
 )
-from pretrain.flags import COUNT, number
-from pretrain.report.known import KNOWN
+from pretrain.flags import COUNT, named_files, number
+from pretrain.report.known import KNOWN, title
 
 if TYPE_CHECKING:
     from pretrain.eval.scoring import Result
@@ -84,6 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="a .jsonl or .jsonl.gz file in HellaSwag's format (default: the published file, "
              f"downloaded once into {DEFAULT_FOLDER}, or where the environment variable "
              "HELLASWAG_DIR says)")
+    add("--task", metavar="NAME=FILE",
+        help="another file in HellaSwag's format instead, a context and four endings a line, under "
+             "its own name in what is printed and written")
     add("--split", choices=SPLITS, default="val",
         help="which published file (default: val; train has 39,905 examples; test has no labels "
              "to score)")
@@ -115,6 +118,7 @@ def run(args: argparse.Namespace) -> None:
     """Load, score, print and write."""
     try:
         check_outputs(args.output, args.per_example)
+        name, args.data = task_of(args.task, args.data)
         # What is here comes first, so that its mistakes are not said after minutes of a download.
         found = load_with_hash(args.data, args.limit) if args.data else None
 
@@ -148,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
         rank=ranks.rank,
         world_size=ranks.world_size,
         group=ranks.control,
-        progress=True,
+        progress=title(name),
     )
     if ranks.is_first and result is not None:
         settings = {
@@ -159,10 +163,10 @@ def run(args: argparse.Namespace) -> None:
             "limit": args.limit,
         }
         described = {"model": about, "data": results.describe(data), "settings": settings}
-        write_results(args, examples, result, described)
+        write_results(args, examples, result, {"task": name, **described})
         for i in range(min(args.show, result.n)):
             print(results.example_lines(examples[i], result, i))
-        print(results.report_lines(result, **described))
+        print(results.report_lines(result, **described, task=name))
     ranks.stop()
 
 
@@ -175,11 +179,21 @@ def write_results(
     from pretrain.report.runlog import provenance
 
     if args.output:
-        record = {"task": "hellaswag", **result.summary(), **described, **provenance()}
+        record = {**described, **result.summary(), **provenance()}
         files.write_json(args.output, record)
     if args.per_example:
         lines = results.json_lines(results.per_example(examples, result))
         files.write_text(args.per_example, lines)
+
+
+def task_of(task: str | None, data: Path | None) -> tuple[str, Path | None]:
+    """(name, file) of what is scored; no file: the published one. Raises UserError."""
+    if not task:
+        return "hellaswag", data
+    if data:
+        raise UserError("--task and --data: give one of them")
+    ((name, file),) = named_files([task]).items()
+    return name, Path(str(file))
 
 
 def check_outputs(*paths: Path | None) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.errors import CheckpointError
-from pretrain.ops import Linear, linear, linear_cross_entropy, score_head
+from pretrain.ops import Linear, linear, linear_cross_entropy, residual, score_head
 
 __all__ = ["GPT", "CheckpointError", "GPTConfig", "KVCache", "load_checkpoint"]
 
@@ -63,6 +63,7 @@ class KVCache:
         self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype
     ):
         head_dim = config.n_embd // config.n_head
+        # Whole from the start: a cache that grew with every token would be copied with every token.
         shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_dim)
         self.data = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # positions filled
@@ -88,6 +89,7 @@ class Attention(nn.Module):
         self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         B, T, C = x.shape
+        # One product for all three and for all heads, which are columns of it: (B, T, 3 C).
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
         if cache is not None:
@@ -130,6 +132,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
+        # Norms stand inside the branches: the sum itself goes from embedding to head untouched.
         x = x + self.drop(self.attn(self.ln_1(x), mask, cache))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
@@ -145,11 +148,15 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.residual_dtype: torch.dtype | None = None  # of the sum through the blocks: see ops
+        self.head_rows = 0  # tokens whose logits exist at a time; 0: as the device has it
         device = torch.get_default_device()
         # Without torch's own initialization: every number that is drawn is drawn below.
         with torch.device("meta"):
             self.transformer = nn.ModuleDict(
                 {
+                    # Head and embedding in one. Not in the lecture: no lm_head that shares its
+                    # weight; logits() multiplies with wte, so nothing has to be tied or kept tied.
                     "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
                     "wpe": nn.Embedding(config.block_size, config.n_embd),
                     "drop": nn.Dropout(config.dropout),
@@ -208,8 +215,10 @@ class GPT(nn.Module):
             )
         assert T == 1 or start == 0 or attn_mask is not None
         if position_ids is None:
+            # The scorer passes its own: it packs several endings of one context into a row.
             position_ids = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position_ids))
+        x = residual(x, self.residual_dtype)
         for block in self.transformer.h:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, attn_mask, use_reentrant=False)
@@ -242,7 +251,9 @@ class GPT(nn.Module):
         hidden, targets, wte = hidden.flatten(0, 1), targets.flatten(), self.transformer.wte.weight
         # Not in the lecture: logits exist for some rows at a time, not for the whole batch, where
         # they would be the largest thing in memory (16 x 1024 tokens: 3.3 GB in float32).
-        return None, linear_cross_entropy(hidden, wte, targets, self.config.vocab_size, weights)
+        return None, linear_cross_entropy(
+            hidden, wte, targets, self.config.vocab_size, weights, rows=self.head_rows
+        )
 
     @torch.no_grad()
     def score(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,42 +32,38 @@ if __name__ == "__main__" and from_command_line(None) is None:
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, load_checkpoint
 from pretrain import distributed, models
 from pretrain.distributed import Ranks, seed_dropout
 from pretrain.eval import validation
 from pretrain.eval.sampling import TrainingSamples
-from pretrain.eval.tasks import HellaSwag, Task
-from pretrain.report.runlog import scores_block
-from pretrain.tokens.owntext import prepare
-from pretrain.tokens.shards import data_fingerprint, find_shards
+from pretrain.eval.tasks import tasks_of
+from pretrain.eval.validation import Windows, evaluated_windows
+from pretrain.report.console import silent
+from pretrain.report.runlog import Measured, scores_block
 from pretrain.train import checkpoint as checkpoints
-from pretrain.train.checkpoint import CheckpointError
+from pretrain.train import memory, parallel
+from pretrain.train.assembly import identity_of, initial_model, precision
+from pretrain.train.data import TrainingData
 from pretrain.train.describe import describe
+from pretrain.train.folders import local_folders
 from pretrain.train.keytokens import key_token_weights, load_key_tokens
-from pretrain.train.loader import (
-    ShardLoader,
-    TokenWindows,
-    refuse_different_data,
-    verify_data,
-)
+from pretrain.train.loader import BatchLoader
 from pretrain.train.optim import SCHEDULES, make_optimizer
-from pretrain.train.run import Measured, Run
-from pretrain.train.state import TrainState, read_on_first
+from pretrain.train.run import Run
+from pretrain.train.speed import Profile, choose_compiler
+from pretrain.train.state import TrainState
 from pretrain.train.stopping import FiniteGuard
-from pretrain.weights import Damaged
 
 __all__ = ["checkpoints", "load_checkpoint", "main"]
-Windows = dict[str, tuple[TokenWindows, np.ndarray]]
 LESS_MEMORY = (
     "a smaller --batch_size with more --gradient_accumulation_steps, or --gradient_checkpointing"
 )
@@ -103,24 +99,28 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
         settings, optimizer, scaler = run.settings, state.optimizer, state.scaler
         rate, weigh, autocast = schedule(settings), weigher(run), precision(run)[1]
         guard = FiniteGuard(ranks, scaler)
-        prefetched: Any = loader.prefetch(state.step, device=ranks.device)
-        batches = run.enter(closing(prefetched))
+        batches = run.enter(closing(loader.prefetch(state.step, device=ranks.device)))
+        profile = run.enter(Profile(settings.profile * ranks.is_first, run.out_dir, run.say))
 
+        # Before the first update too: where fine-tuning only makes it worse, step 0 is the best.
         run.evaluate_if_due()
         while not run.is_over():
             # One update
             # ----------------------------------------------------------------------------------
             x, y = next(batches)  # int64 (micro_steps, batch_size, block_size)
             state.learning_rate = rate(state.step)
-            for group in optimizer.param_groups:
+            for group in optimizer.param_groups:  # Muon's learn at rates of their own
                 group["lr"] = state.learning_rate * group["lr_scale"]
+            # Summed on the device: to read it in each micro-step would be to wait for the GPU.
             loss = torch.zeros((), device=ranks.device)
             for micro_step in range(len(x)):
+                # Asked here, as a preempted job may have less time left than an update takes.
                 if run.is_told_to_stop():
                     break
                 # Dropout by step and micro-batch: a resumed run has no generator states to restore.
                 seed_dropout(settings.seed, state.step, micro_step * ranks.world_size + ranks.rank)
-                # Gradients are exchanged in the last backward alone; DDP asks in forward.
+                # DDP exchanges gradients in the last backward alone, and asks in forward; fsdp in
+                # each, as no rank could hold them whole.
                 if ranks.world_size > 1:
                     forward.require_backward_grad_sync = micro_step == len(x) - 1
                 with autocast:
@@ -131,91 +131,43 @@ def train(settings: TrainSettings, ranks: Ranks) -> int:
                 loss += micro_loss.detach()
             if run.signal:
                 break  # nothing of this step is in the weights: it is made anew by the next run
+            # Only float16 is scaled; elsewhere the scaler's four calls are the plain step.
             scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+            grad_norm = parallel.whole(norm)
+            # While the weights are still good: after a step with a nan they would all be nan.
             guard.check(state.step, loss, grad_norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             # ----------------------------------------------------------------------------------
             run.advance(loss, grad_norm)
+            profile.step()
             run.evaluate_if_due()
         return run.finish()
 
 
-def initial_model(run: Run) -> tuple[GPT, int]:
-    """The model with the weights that the run begins with, on its device, and the length of the
-    sequences to train it on."""
-    settings, ranks = run.settings, run.ranks
-    torch.manual_seed(settings.seed)
-    if ranks.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
-    if run.saved:
-        model = ranks.together(build_model, settings, run.saved, str(run.path))
-    elif settings.init_from != "scratch":
-        weights = read_on_first(ranks, lambda: read_weights(settings))
-        model = ranks.together(build_model, settings, weights, settings.init_from)
-    else:
-        new_model, config = models.ARCHITECTURES[settings.model].load()
-        sizes = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
-        values = {name: getattr(settings, name) for name in sizes}
-        model = ranks.together(new_model, config(**values))
-    model = model.train().to(ranks.device)
-    model.gradient_checkpointing = settings.gradient_checkpointing
-    asked = "block_size" in settings.asked_sizes
-    return model, settings.block_size if asked else model.config.block_size
-
-
-def read_weights(settings: TrainSettings) -> dict[str, Any]:
-    """The weights that --init_from names. Raises CheckpointError where flags ask for other
-    sizes."""
-    name = settings.init_from
-    loaded = models.from_pretrained(name)
-    config = loaded.config
-    has = asdict(config) | {"model": models.architecture_of(loaded)}
-    wrong = [
-        f"--{size} {getattr(settings, size)}"
-        for size in sorted(settings.asked_sizes - {"block_size"})
-        if getattr(settings, size) != has.get(size)
-    ]
-    if "block_size" in settings.asked_sizes and settings.block_size > config.block_size:
-        wrong.append(f"--block_size {settings.block_size}")
-    if wrong:
-        raise CheckpointError(f"{name} has {config}: leave out {', '.join(wrong)}")
-    return {
-        "architecture": has["model"],
-        "model_config": asdict(config),
-        "model": loaded.state_dict(),
-    }
-
-
-def build_model(settings: TrainSettings, weights: dict[str, Any], where: str) -> GPT:
-    """A model with the weights and sizes of a checkpoint, which came from `where`."""
-    config = dict(weights.get("model_config") or {})
-    if "dropout" in config:
-        config["dropout"] = settings.dropout
-    try:
-        return models.build(weights.get("architecture", "gpt2"), config, weights.get("model") or {})
-    except Damaged as error:
-        raise CheckpointError(f"{where}: {error}") from None
-
-
-def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[ShardLoader, Windows]:
+def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[BatchLoader, Windows]:
     """The batches to train on, and by name the windows that evaluations look at, with their
     numbers. The run's settings learn what follows from the data: where it lies, and how many
     updates --epochs are."""
     settings, ranks = run.settings, run.ranks
     if settings.data:
+        # Here, as it loads pyarrow, which a run on shards does without.
+        from pretrain.tokens.owntext import prepare
+
         folder = ranks.on_every_disk(prepare, settings.data, run.out_dir / "data")
         settings = replace(settings, data_dir=str(folder))
+    cache = Path(settings.data_cache), settings.data_cache_gb * 10**9
+    folders = ranks.together(local_folders, settings.data_dir, *cache, block_size)
+    settings = replace(settings, data_dir=folders)
     # Each node may have a disk of its own: its processes share out what lies there.
     here = ranks.node_ranks
     place, count = here.index(ranks.rank), len(here)
-    ranks.together(verify_data, settings.data_dir, settings.verify_data, place, count)
-    fingerprints = ranks.gather(ranks.together(data_fingerprint, settings.data_dir))
-    ranks.together(refuse_different_data, settings.data_dir, fingerprints)
-    loader = ShardLoader(
-        find_shards(settings.data_dir, "train"),
+    data = TrainingData(settings.data_dir)
+    ranks.together(data.verify, settings.verify_data, place, count)
+    ranks.together(data.refuse_different, ranks.gather(ranks.together(data.fingerprints)))
+    loader = data.loader(
         batch_size=settings.batch_size,
         block_size=block_size,
         accumulation_steps=settings.micro_steps(block_size),
@@ -227,52 +179,32 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[ShardLoader, 
         vocab_size=vocab_size,
         pin_memory=ranks.device.type == "cuda",
     )
-    run.settings = with_length(settings, loader.steps_per_epoch)
+    # Only now is it known how many updates an epoch is.
+    run.settings, run.loader = with_length(settings, loader.steps_per_epoch), loader
     if not settings.is_evaluated:
         return loader, {}
-    shards, count = find_shards(settings.data_dir, "val"), settings.eval_iters * settings.batch_size
-    val = TokenWindows(shards, block_size=block_size, vocab_size=vocab_size)
-    return loader, {
-        "val": (val, validation.first(val, count)),
-        "train": (loader.windows, validation.spread(loader.windows, count)),
-    }
+    if left := settings.val_tokens % block_size:
+        run.warn(
+            f"--val_tokens {settings.val_tokens:,}: scored are {settings.val_tokens - left:,}, the"
+            f" whole windows of {block_size} in them"
+        )
+    return loader, evaluated_windows(settings, data, loader, vocab_size)
 
 
-def identity_of(settings: TrainSettings, model: GPT, loader: ShardLoader) -> dict[str, Any]:
-    """What no part of a run may change."""
-    names = ("n_layer", "n_head", "n_embd", "bias")
-    sizes = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
-    asked = {name: getattr(settings, name) for name in sizes if name in settings.asked_sizes}
-    windows = loader.windows
-    is_asked = "model" in settings.asked_sizes
-    return {
-        "model": settings.model if is_asked else models.architecture_of(model),
-        "optimizer": settings.optimizer,
-        **sizes,
-        **asked,
-        "block_size": windows.block_size,
-        "stride": windows.stride,
-        "tokens per update": loader.global_batch * windows.block_size,
-        "data": data_fingerprint(settings.data_dir)[:16],
-        "seed": settings.seed,
-        "shuffle": settings.shuffle,
-    }
-
-
-def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
+def evaluation(
+    run: Run, model: GPT, sets: Windows, compiler: Callable[[Any], Any] | None = None
+) -> Callable[[], Measured]:
     """A function that measures the model as it is then. It uses `model`, which is neither compiled
-    nor wrapped: the same weights, and any shape."""
+    nor wrapped: the same weights, and any shape; --compile_eval compiles the loss alone."""
     settings, ranks = run.settings, run.ranks
     dtype, autocast = precision(run)
-    tasks: list[Task] = []
-    if sets and settings.hellaswag:
-        is_chosen = "hellaswag_limit" in settings.given or ranks.device.type == "cuda"
-        limit = settings.hellaswag_limit if is_chosen else 200
-        wait = None if settings.eval_only else 2.0
-        tasks.append(HellaSwag(settings.hellaswag_data, limit, wait_seconds=wait))
+    is_compiled = settings.compile_eval and not parallel.is_sharded(settings)
+    score = compiler(model.score) if compiler and is_compiled else None
+    tasks = tasks_of(settings, ranks.device) if sets else []
 
+    @parallel.gathered(model)
     def measure() -> Measured:
-        is_set = run.stop.is_set
+        is_set, progress = run.stop.is_set, run.console.progress if run.console else silent
         scores = validation.evaluate(
             model,
             sets,
@@ -280,9 +212,14 @@ def evaluation(run: Run, model: GPT, sets: Windows) -> Callable[[], Measured]:
             ranks=ranks,
             autocast=autocast,
             interrupted=is_set,
+            progress=progress,
+            score=score,
         )
+        scores = validation.weighted(scores, run.shares())
         summaries = {
-            task.name: task.score(model, dtype=dtype, ranks=ranks, interrupted=is_set)
+            task.name: task.score(
+                model, dtype=dtype, ranks=ranks, interrupted=is_set, progress=progress
+            )
             for task in tasks
         }
         return scores, {name: summary for name, summary in summaries.items() if summary}
@@ -301,19 +238,18 @@ def sampler(run: Run, model: GPT) -> Callable[[], dict[str, Any] | None]:
     settings, autocast = run.settings, precision(run)[1]
     samples = TrainingSamples(settings.sample_prompt, settings.sample_tokens, settings.seed)
 
+    def told_to_stop() -> bool:
+        """On any rank, where each token is a call of all of them."""
+        is_set = run.stop.is_set()
+        return bool(run.ranks.sum(is_set)[0]) if parallel.is_sharded(settings) else is_set
+
+    @parallel.gathered(model)
     def sample() -> dict[str, Any] | None:
         with autocast:
-            text = samples.write(model, run.stop.is_set)
+            text = samples.write(model, told_to_stop)
         return None if text is None else {"prompt": samples.prompt, "text": text}
 
     return sample
-
-
-def precision(run: Run) -> tuple[torch.dtype, torch.autocast]:
-    """The number format of the computation, and the context in which it is used."""
-    device = run.ranks.device
-    dtype = distributed.pick_dtype(run.settings.dtype, device)
-    return dtype, torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def optimizer_for(run: Run, model: GPT) -> Any:
@@ -354,7 +290,7 @@ def weigher(run: Run) -> Callable[[Tensor], Tensor | None]:
     return lambda inputs: key_token_weights(inputs, key_tokens, settings.key_token_alpha)
 
 
-def begin(run: Run, state: TrainState, loader: ShardLoader, windows: Windows) -> Any:
+def begin(run: Run, state: TrainState, loader: BatchLoader, windows: Windows) -> Any:
     """Bring the state to where the run goes on, and say what is about to happen. Returns the model
     as updates call it; None where nothing is left to do."""
     settings, model = run.settings, state.model
@@ -362,32 +298,21 @@ def begin(run: Run, state: TrainState, loader: ShardLoader, windows: Windows) ->
     run.restore(settings, state, identity, models.architecture_of(model))
     if run.was_finished():
         return None
-    forward, is_compiled = wrapped(run, model)
+    # Only now is the model wrapped: checkpoints have GPT-2's names, not those of a wrapper.
+    compiler = choose_compiler(settings, run.ranks.device, run.warn)
+    forward = parallel.wrapped(model, settings, run.ranks, compiler)
     setup = describe(
         settings, model, loader, identity=identity, ranks=run.ranks, dtype=precision(run)[0]
     )
     setup |= {
-        "compiled": is_compiled,
+        "compiled": compiler is not None,
+        "memory": memory.estimate(settings, state, loader.block_size, precision(run)[0]),
         "last_learning_rate": schedule(settings)(settings.max_iters - 1),
         "evaluated_windows": {name: len(numbers) for name, (_, numbers) in windows.items()},
     }
-    measure = evaluation(run, model, windows) if windows else None
+    measure = evaluation(run, model, windows, compiler) if windows else None
     run.start(setup, measure, sampler(run, model))
     return forward
-
-
-def wrapped(run: Run, model: GPT) -> tuple[Any, bool]:
-    """The model as updates call it, compiled and with its gradients exchanged between ranks where
-    that is wanted and possible, and whether it is compiled."""
-    device, is_wanted = run.ranks.device, run.settings.compile
-    is_compiled = device.type == "cuda" if is_wanted is None else is_wanted
-    if is_compiled and (problem := distributed.compiler_problem(device)):
-        run.warn(f"--compile left out: {problem}")
-        is_compiled = False
-    forward: Any = torch.compile(model) if is_compiled else model
-    if run.ranks.world_size > 1:
-        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
-    return forward, is_compiled
 
 
 if __name__ == "__main__":

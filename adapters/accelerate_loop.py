@@ -20,6 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from adapters.arguments import answer_at_once
+
+if __name__ == "__main__":  # before the frameworks are loaded
+    answer_at_once("accelerate_loop", __doc__, "out-accelerate")
+
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR

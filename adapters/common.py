@@ -14,7 +14,6 @@ to back in batches sees what train_gpt2.py sees.
 import argparse
 import contextlib
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -26,40 +25,23 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from adapters import AdapterError, FrameworkMissing, require
+from adapters import AdapterError, FrameworkMissing, arguments, require
+from adapters.arguments import SIZES, is_speaker
 from adapters.raw_text import ChunkWindows, load_text, split_chunks, text_chunks
 from adapters.states import plain_values_only
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint
-from pretrain import distributed, files, flags
+from pretrain import distributed, files
 from pretrain.errors import UserError, first_line, program, say
 from pretrain.models import architecture_of
-from pretrain.rendezvous import is_first_rank
 from pretrain.report.runlog import RunLog
 from pretrain.tokens.shards import ShardError, find_shards
 from pretrain.tokens.tokenizer import TokenizerUnavailable
-from pretrain.train import settings
 from pretrain.train.checkpoint import CheckpointError as TrainCheckpointError
 from pretrain.train.keytokens import KeyTokenError
 from pretrain.train.loader import ShardLoader, TokenWindows
 from pretrain.train.optim import learning_rate
 
 __all__ = ["AdapterError", "ChunkWindows", "load_text", "split_chunks", "text_chunks"]
-
-SIZES = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
-FLAGS = (
-    *(
-        *SIZES,
-        "init_from",
-        "data_dir",
-        "shuffle",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "max_iters",
-    ),
-    *("learning_rate", "min_lr", "warmup_iters", "weight_decay", "beta1", "beta2", "grad_clip"),
-    *("dtype", "gradient_checkpointing", "log_interval", "seed"),
-)
-
 
 # What other rooms raise for their users to mend.
 ERRORS = (CheckpointError, TrainCheckpointError, ShardError, TokenizerUnavailable, KeyTokenError)
@@ -91,11 +73,6 @@ def disk_problem(error: BaseException) -> str | None:
         cause = cause.__cause__ or cause.__context__
     line = first_line(error)
     return line if "os error" in line or "PytorchStreamWriter failed" in line else None
-
-
-def is_speaker() -> bool:
-    """is_first_process, also where those variables are no numbers: that is what is said then."""
-    return os.environ.get("LOCAL_RANK", "").strip() in ("", "0") and is_first_rank()
 
 
 def is_first_process() -> bool:
@@ -153,47 +130,11 @@ def parse(
     out_dir: str,
     add_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> tuple[argparse.Namespace, set[str]]:
-    """(flags, names of those given): train_gpt2.py's that are in FLAGS, those below, those of
-    add_flags.
-
-    out_dir: default of --out_dir. With problems, prints one line for each and exits with status 2.
-    """
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    ours = settings.build_parser()
-    for action in ours._actions:
-        if action.dest in FLAGS:
-            parser._add_action(action)
-    # fmt: off
-    add = parser.add_argument
-    add("--lr_decay_iters", type=flags.COUNT, metavar="N",
-        help="where the cosine ends (--max_iters)")
-    add("--eval_interval", type=flags.AMOUNT, default=2000, metavar="N",
-        help="updates between evaluations, each with a checkpoint (2000; 0: one at the end alone)")
-    add("--eval_iters", type=flags.COUNT, default=200, metavar="N",
-        help="batches of --batch_size sequences in an evaluation, shared out among processes (200)")
-    add("--out_dir", default=out_dir, metavar="DIR", help=f"for checkpoints and logs ({out_dir})")
-    add("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
-    # fmt: on
-    add_flags(parser)
-    args, given, problems = flags.parse(parser, sys.argv[1:] if argv is None else argv)
-    args.lr_decay_iters = args.lr_decay_iters or args.max_iters
-    everything = argparse.Namespace(**{**vars(ours.parse_args([])), **vars(args)})
-    found = settings.check(everything, given, distributed.environment("WORLD_SIZE", 1))
-    if getattr(args, "text", None):
-        found = [problem for problem in found if not problem.startswith("--data_dir")]
-        found += ["--text and --data_dir: give one of them"] * ("data_dir" in given)
+    """arguments.parse, and what only torch knows of the machine."""
+    args, given = arguments.parse(description, argv, out_dir, add_flags)
     if args.dtype == "float16" and device(args).type == "cpu":
-        found.append(
-            "--dtype float16: on a CPU this trainer would use another in silence; take bfloat16"
-        )
-    for problem in problems or found:
-        say(parser.prog, problem)
-    if problems or found:
+        message = "on a CPU this trainer would use another in silence; take bfloat16"
+        say(Path(sys.argv[0]).name, f"--dtype float16: {message}")
         raise SystemExit(2)
     return args, given
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters import require
-from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE, load_encoding
+from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE, load_encoding, shown_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -62,12 +62,7 @@ def _last_merge(token: bytes, ids: dict[bytes, int]) -> tuple[bytes, bytes]:
     return parts[0], parts[1]
 
 
-# GPT-2's files write each byte as one character: itself where that is visible, else the next from
-# U+0100 on.
-_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = [byte for byte in range(256) if byte not in _VISIBLE]
-_CHARACTERS = {byte: chr(byte) for byte in _VISIBLE}
-_CHARACTERS |= {byte: chr(0x100 + i) for i, byte in enumerate(_OTHERS)}
+_CHARACTERS = shown_bytes()
 
 
 def _printable(token: bytes) -> str:

@@ -21,6 +21,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapters.arguments import answer_at_once, hf_trainer_flags
+
+if __name__ == "__main__":  # before the frameworks are loaded
+    answer_at_once("hf_trainer", __doc__, "out-trainer", hf_trainer_flags)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +35,7 @@ from torch.utils.data import default_collate
 from adapters import common, states
 from adapters.hf_tokenizer import build_tokenizer
 from model import GPT
-from pretrain import files, flags
+from pretrain import files
 from pretrain.distributed import environment, pick_dtype
 from pretrain.report.runlog import RunLog
 from pretrain.tokens.tokenizer import END_OF_TEXT
@@ -51,7 +56,6 @@ NEEDED = (
     *("config.json", "model*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth"),
     "trainer_state.json",
 )
-SCHEDULERS = ("train_gpt2", "cosine", "linear", "inverse_sqrt", "constant_with_warmup")
 
 
 class GPT2Trainer(Trainer):
@@ -338,25 +342,6 @@ def train(args: argparse.Namespace, given: set[str]) -> None:
     trainer.save_state()
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    # fmt: off
-    add = parser.add_argument
-    add("--text", nargs="+", metavar="FILE",
-        help=".txt, .jsonl or .parquet files instead of shards; their last tenth is for evaluation")
-    add("--text_column", default="text", help="of .jsonl and .parquet files (text)")
-    add("--lr_scheduler", choices=SCHEDULERS, default=SCHEDULERS[0],
-        help="that of train_gpt2.py, or transformers' of this name, which rises from 0 over "
-             "--warmup_iters and ends at --max_iters (train_gpt2)")
-    add("--key_tokens", metavar="FILE",
-        help="a GPT-2 token a line; sequences with more of them weigh more, see"
-             " pretrain/train/keytokens.py (off)")
-    add("--key_token_alpha", type=flags.REAL, default=1.0, metavar="A",
-        help="factor of these weights (1.0)")
-    add("--push_to_hub", metavar="user/name",
-        help="upload the trained model; needs `hf auth login`")
-    # fmt: on
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     return common.main(
         "hf_trainer",
@@ -364,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train,
         description=__doc__,
         out_dir="out-trainer",
-        add_flags=add_flags,
+        add_flags=hf_trainer_flags,
     )
 
 

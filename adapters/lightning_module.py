@@ -19,6 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from adapters.arguments import answer_at_once, lightning_flags
+
+if __name__ == "__main__":  # before the frameworks are loaded
+    answer_at_once("lightning_module", __doc__, "out-lightning", lightning_flags)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -319,18 +324,6 @@ def load_best(module: BabyGPT, path: Path) -> None:
         module.load_state_dict(weights.read(path)["state_dict"])
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    # fmt: off
-    add = parser.add_argument
-    add("--text", nargs="+", metavar="FILE",
-        help=".txt, .jsonl or .parquet files instead of shards; their last tenth is for evaluation")
-    add("--text_column", default="text", help="of .jsonl and .parquet files (text)")
-    add("--model", metavar="NAME",
-        help="continue any AutoModelForCausalLM with GPT-2's tokens, by name or folder, instead"
-             " of our GPT")
-    # fmt: on
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     return common.main(
         "lightning_module",
@@ -338,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train,
         description=__doc__,
         out_dir="out-lightning",
-        add_flags=add_flags,
+        add_flags=lightning_flags,
     )
 
 

@@ -13,12 +13,21 @@ from typing import TYPE_CHECKING, Any
 from pretrain.report.known import dataset_of, title
 from pretrain.report.runs import Run, RunError, task_results
 from pretrain.tokens.shards import Manifest, ShardError
+from pretrain.train.mixture import read_mixture
 
 if TYPE_CHECKING:
     from model import GPT
 
 RECORD = "training.json"
-EVALUATION = ("step", "tokens", "train_loss", "val_loss", "perplexity", "accuracy")
+EVALUATION = (
+    "step",
+    "tokens",
+    "train_loss",
+    "val_loss",
+    "perplexity",
+    "bits_per_byte",
+    "accuracy",
+)
 SETUP = (
     "tokens_per_step",
     "processes",
@@ -76,7 +85,7 @@ def training_record(model: "GPT", checkpoint: dict[str, Any], path: Path) -> dic
         "format": 1,
         "parameters": model.num_parameters(),
         **_only(checkpoint, ("step", "tokens", "loss", "val_loss", "learning_rate")),
-        "data": _data(flags.get("data_dir")),
+        **_origin(flags.get("data_dir")),
         "from_scratch": flags.get("init_from", "scratch") == "scratch",
         "flags": {key: value for key, value in flags.items() if _is_plain(key, value)},
         "setup": {key: run.config[key] for key in SETUP if run and key in run.config},
@@ -103,6 +112,23 @@ def _is_plain(key: str, value: Any) -> bool:
             and not key.endswith(("_dir", "_data", "_file"))
         )
     return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _origin(data_dir: str | list[str] | None) -> dict[str, Any]:
+    """ "data" of a run on one folder; of a mixture "sources", with the data of each and its weight
+    from given steps on."""
+    if not isinstance(data_dir, list):
+        return {"data": _data(data_dir)}
+    sources, _ = read_mixture(data_dir)
+    return {
+        "sources": {
+            source.name: {
+                "weights": {str(step): float(weight) for step, weight in source.weights},
+                "data": _data(source.folder),
+            }
+            for source in sources
+        }
+    }
 
 
 def _data(folder: str | None) -> dict[str, Any] | None:
@@ -138,6 +164,9 @@ def model_card(folder: Path, repo_id: str) -> str:
     ]
     if data := record.get("data"):
         parts.append(f"## Data\n\n{_table(['', ''], _data_rows(data))}")
+    if sources := record.get("sources"):
+        header = ["source", "weight", "documents from", "tokens there"]
+        parts.append(f"## Data\n\n{_table(header, _source_rows(sources))}")
     if record.get("evaluations") or _tasks(record):
         parts.append(f"## Evaluation\n\n{_evaluation(record)}")
     parts.append(
@@ -155,7 +184,8 @@ def _tasks(record: dict[str, Any]) -> dict[str, dict[str, dict[str, int | float]
 def _metadata(record: dict[str, Any], repo_id: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    dataset = (record.get("data") or {}).get("dataset")
+    origins = [record, *record.get("sources", {}).values()]
+    datasets = [(origin.get("data") or {}).get("dataset") for origin in origins]
     results = [
         EvalResult(
             task_type="text-generation",
@@ -175,7 +205,7 @@ def _metadata(record: dict[str, Any], repo_id: str) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2"],
-        datasets=[dataset] if dataset else None,
+        datasets=sorted(filter(None, {*datasets})) or None,
         model_name=PurePosixPath(repo_id).name if results else None,
         eval_results=results or None,
     ).to_yaml()
@@ -232,6 +262,18 @@ def _data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         more = f" and {len(files) - 5} more" if len(files) > 5 else ""
         rows.append(("files", ", ".join(files[:5]) + more))
     return [*rows, ("documents", f"{data['documents']:,}"), ("tokens", f"{data['tokens']:,}")]
+
+
+def _source_rows(sources: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for name, source in sources.items():
+        (_, first), *later = source["weights"].items()
+        weight = f"{first:g}" + "".join(f", {w:g} from step {int(s):,}" for s, w in later)
+        found = dict(_data_rows(source["data"])) if source["data"] else {}
+        tokens = found.pop("tokens", "")
+        found.pop("documents", None)
+        rows.append((name, weight, " ".join(found.values()), tokens))
+    return rows
 
 
 def _evaluation(record: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
-"""hellaswag.py --style lm-eval beside EleutherAI's lm-evaluation-harness, example by example.
+"""hellaswag.py --style lm-eval, and adapters/lm_eval.py, beside EleutherAI's
+lm-evaluation-harness with its own model, example by example.
 
-The harness needs an environment of its own, so that its versions of other packages leave this one
+That model needs an environment of its own, so that its versions of other packages leave this one
 alone:
 
     $ python -m venv lm_eval_env && lm_eval_env/bin/pip install 'lm_eval[hf]'
@@ -10,6 +11,7 @@ alone:
     acc_norm  0.2339 and 0.2339
     summed log-likelihoods differ by at most 8.9e-05 nats
     equal
+    then the same for adapters/lm_eval.py, and the seconds of both
 
 A model (random with large weights, or --checkpoint) is exported to a Hugging Face folder. The
 harness runs its own task hellaswag on it, with a local file in the place of the data set. The
@@ -23,6 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -70,8 +73,38 @@ def random_checkpoint(path: Path) -> None:
     torch.save({"model": model.state_dict(), "model_config": asdict(model.config)}, path)
 
 
+def run_adapter(checkpoint: Path, work: Path) -> tuple[dict, list[dict], float]:
+    """The same of the harness with adapters/harness_model.py as its model, in this process; its
+    accuracies, samples, and seconds."""
+    import lm_eval
+    import torch
+    from lm_eval.tasks import TaskManager
+
+    from adapters.harness_model import CheckpointModel
+    from model import load_checkpoint
+
+    start = time.perf_counter()
+    model, _ = load_checkpoint(checkpoint)
+    report = lm_eval.simple_evaluate(
+        CheckpointModel(model, device=torch.device("cpu"), dtype=torch.float32),
+        tasks=["hellaswag_here"],
+        task_manager=TaskManager(include_path=str(work / "tasks")),
+        log_samples=True,
+    )
+    seconds = time.perf_counter() - start
+    samples = sorted(report["samples"]["hellaswag_here"], key=lambda sample: sample["doc_id"])
+    return report["results"]["hellaswag_here"], samples, seconds
+
+
+def sums_of(samples: list[dict]) -> np.ndarray:
+    """float64 (examples, endings), the summed log-likelihoods."""
+    responses = [[float(one[0]) for one in sample["filtered_resps"]] for sample in samples]
+    return np.array(responses)
+
+
 def run_harness(python: str, folder: Path, data: Path, work: Path) -> tuple[str, dict, list[dict]]:
-    """Its version, its accuracies, and its samples in the order of the file."""
+    """Its version, its accuracies, and its samples in the order of the file; the accuracies have
+    the "seconds" that it says it took."""
     import_it = (
         "import lm_eval, importlib.metadata as m; print(m.version('lm_eval'), lm_eval.__path__[0])"
     )
@@ -109,7 +142,9 @@ def run_harness(python: str, folder: Path, data: Path, work: Path) -> tuple[str,
     )
     (results,) = (work / "out").rglob("results_*.json")
     (samples,) = (work / "out").rglob("samples_*.jsonl")
-    accuracies = json.loads(results.read_text())["results"]["hellaswag_here"]
+    report = json.loads(results.read_text())
+    accuracies = report["results"]["hellaswag_here"]
+    accuracies["seconds"] = float(report["total_evaluation_time_seconds"])
     lines = map(json.loads, samples.read_text().splitlines())
     return version, accuracies, sorted(lines, key=lambda sample: sample["doc_id"])
 
@@ -149,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         model, _ = load_checkpoint(checkpoint)
         ours = evaluate(model, load_examples(work / "examples.jsonl"), style="lm-eval")
+        adapter, asked, seconds = run_adapter(checkpoint, work)
 
     print(f"{ours.n} examples, lm_eval {version}")
     equal = True
@@ -159,10 +195,16 @@ def main(argv: list[str] | None = None) -> int:
         equal &= getattr(ours, key) == theirs[f"{key},none"] and bool(
             ((picks == ours.labels) == hits).all()
         )
-    sums = np.array(
-        [[float(response[0]) for response in sample["filtered_resps"]] for sample in samples]
-    )
+    sums = sums_of(samples)
     print(f"summed log-likelihoods differ by at most {np.abs(sums + ours.losses).max():.1e} nats")
+    for key in ("acc,none", "acc_norm,none"):
+        equal &= adapter[key] == theirs[key]
+    difference = np.abs(sums_of(asked) - sums).max()
+    equal &= bool(difference < 1e-3)
+    print(
+        f"adapters/lm_eval.py: differ by at most {difference:.1e} nats; {seconds:.1f} s, the"
+        f" harness's own model {theirs['seconds']:.1f} s, loading included"
+    )
     print("equal" if equal else "NOT EQUAL")
     return 0 if equal else 1
 

@@ -6,7 +6,8 @@
 Counts the bytes of tokens as the shards hold them (2 per token) that arrive as int64 batches, ready
 for the model: ten shards of 40 MB, read from page cache, at GPT-2's shape (8 sequences x 1,024
 tokens x 5 micro-steps). Beside it the loop that many training scripts use: a random offset per
-sequence, each sliced out of the memory map, converted to int64 and stacked, twice. A shard boundary
+sequence, each sliced out of the memory map, converted to int64 and stacked, twice; the same
+shards as llm.c's .bin; and a mixture of both kinds, 0.7 and 0.3 of each batch. A shard boundary
 must not be felt: in file order, the slowest step within ten of a boundary is compared with the
 slowest of the others.
 """
@@ -17,14 +18,18 @@ import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pretrain.tokens.formats import shard_header
+from pretrain.train.data import MixtureLoader
 from pretrain.train.loader import ShardLoader
+from pretrain.train.mixture import parse_mixture
 
-BATCH = {"batch_size": 8, "block_size": 1024, "accumulation_steps": 5}
+BATCH: dict[str, Any] = {"batch_size": 8, "block_size": 1024, "accumulation_steps": 5}
 STEP_TOKENS = 8 * 1024 * 5
 
 
@@ -43,6 +48,15 @@ def main(argv: list[str] | None = None) -> int:
             with closing(ShardLoader(paths, shuffle=shuffle, **BATCH).prefetch()) as batches:
                 rate = measure(name, batches, args.seconds)
         print(f"shuffled / plain loop: {rate / plain:.1f}")
+        bins = as_bin(paths, Path(folder) / "bin")
+        with closing(ShardLoader(bins, **BATCH).prefetch()) as batches:
+            other = measure("shuffled bin", batches, args.seconds)
+        print(f".bin / .npy: {other / rate:.2f}")
+        sources = parse_mixture([f"npy={folder}:0.7", f"bin={bins[0].parent}:0.3"])
+        mixed = MixtureLoader(sources, {"npy": paths, "bin": bins}, **BATCH)
+        with closing(mixed.prefetch()) as batches:
+            other = measure("mixture", batches, args.seconds)
+        print(f"mixture / one source: {other / rate:.2f}")
         report_boundaries(paths)
     return 0
 
@@ -55,6 +69,17 @@ def write_shards(folder: Path, count: int, tokens: int) -> list[Path]:
             path, random.integers(0, 50257, tokens, dtype=np.uint16)
         )  # leaves it in the page cache
     return paths
+
+
+def as_bin(paths: list[Path], folder: Path) -> list[Path]:
+    """The same shards in llm.c's format."""
+    folder.mkdir()
+    found = []
+    for path in paths:
+        tokens = np.load(path)
+        found.append(folder / f"{path.stem}.bin")
+        found[-1].write_bytes(shard_header(len(tokens), "bin") + tokens.tobytes())
+    return found
 
 
 def plain_batches(paths: list[Path]):
@@ -91,7 +116,8 @@ def measure(name: str, batches, seconds: float) -> float:
 def report_boundaries(paths: list[Path]) -> None:
     """Time single steps without read-ahead, so that nothing hides a pause."""
     loader = ShardLoader(paths, shuffle=False, **BATCH)
-    near, far = [], []
+    near: list[float] = []
+    far: list[float] = []
     for step in range(int(loader.steps_per_epoch)):
         t0 = time.perf_counter()
         loader.batch(step)

@@ -113,7 +113,7 @@ def work(size: str, variant: str, batch_size: int, device_name: str) -> None:
     import torch
 
     from model import GPT, GPTConfig
-    from pretrain import distributed
+    from pretrain import distributed, hardware
 
     device = distributed.pick_device(device_name)
     if device.type == "cuda":
@@ -140,7 +140,7 @@ def work(size: str, variant: str, batch_size: int, device_name: str) -> None:
         "dtype": "bfloat16",
         "peak_bytes": distributed.peak_memory(device),
         "flops_per_token": model.flops_per_token(),
-        "peak_flops": distributed.peak_flops(name, torch.bfloat16),
+        "peak_flops": hardware.peak_flops(name, torch.bfloat16),
     }
     print(json.dumps(end), flush=True)
     sys.stdout.flush()

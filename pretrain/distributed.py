@@ -81,61 +81,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-# Dense peak TFLOP/s in (bfloat16, float16 with float32 accumulation, float32 as TF32 where there is
-# one), from NVIDIA's and AMD's data sheets and architecture whitepapers. Where those state figures
-# with sparsity, half of them. The first name that occurs in the device's name counts.
-_PEAK_TFLOPS = {
-    "B200": (2250, 2250, 1125),
-    "H200 NVL": (835, 835, 417),
-    "H200": (989, 989, 494),
-    "H100 NVL": (835, 835, 417),
-    "H100 PCIe": (756, 756, 378),
-    "H100": (989, 989, 494),
-    "A100": (312, 312, 156),
-    "A10G": (70, 70, 35),
-    "A10": (125, 125, 62.5),
-    "A40": (149.7, 149.7, 74.8),
-    "RTX A6000": (154.8, 154.8, 77.4),
-    "L40S": (362, 362, 183),
-    "L40": (181, 181, 90.5),
-    "L4": (121, 121, 60),
-    "V100-PCIE": (None, 112, 14),
-    "V100": (None, 125, 15.7),
-    "T4": (None, 65, 8.1),
-    "RTX 4090": (165.2, 165.2, 82.6),
-    "RTX 3090": (71, 71, 35.6),
-    "MI300X": (1307, 1307, 654),
-}
-
-
-def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """Dense peak of one device in FLOP/s, the denominator of MFU; None where it is not known."""
-    column = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}[dtype]
-    for name, peaks in _PEAK_TFLOPS.items():
-        # "A10" must not be found in "A100", nor "L4" in "L40".
-        before, found, after = device_name.partition(name)
-        if found and not after[:1].isalnum() and not before[-1:].isalnum():
-            peak = peaks[column]
-            return peak * 1e12 if peak else None
-    return None
-
-
-def compiler_problem(device: torch.device) -> str | None:
-    """Why torch.compile cannot work on this machine, or None."""
-    if device.type == "cuda":
-        from torch.utils._triton import has_triton
-
-        return None if has_triton() else "Triton is missing, or too old a GPU for it"
-    if device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        try:
-            get_cpp_compiler()
-        except Exception:  # of several kinds, by platform
-            return "no C++ compiler (g++ or clang++) was found"
-    return None
-
-
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 

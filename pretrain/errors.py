@@ -21,6 +21,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+# Packages that `pip install .` leaves out, by the extra that brings them; see pyproject.toml.
+EXTRAS = {
+    "datasets": "hub",
+    "huggingface_hub": "hub",
+    "requests": "hub",
+    "matplotlib": "plots",
+    "gigatoken": "fast",
+    "awkward": "fast",
+}
+
 
 class UserError(Exception):
     """What its user can mend: the message is one line that says what, where and the way out."""
@@ -30,6 +40,14 @@ class UserError(Exception):
 
 class CheckpointError(UserError):
     """A checkpoint, folder or name from which no model can be made or no run continued."""
+
+
+def not_installed(package: str) -> str:
+    """What to do about a package of EXTRAS that is missing."""
+    return (
+        f"{package} is not installed: `pip install {package}`, or install this project with its"
+        f" extra {EXTRAS[package]}"
+    )
 
 
 @dataclass
@@ -178,10 +196,10 @@ def program(
 ) -> Iterator[Outcome]:
     """The net around a program: the one place where errors become a line and an exit status.
 
-    UserError, OSError and running out of memory: one line, status 1. Ctrl-C: status 130. A reader
-    of stdout that goes away (`| head`): status 0. Everything else is a fault of ours and keeps its
-    traceback. is_speaker: whether this rank says an error that all ranks have. less_memory: what of
-    this program's to give when memory runs out.
+    UserError, OSError, a missing package of EXTRAS and running out of memory: one line, status 1.
+    Ctrl-C: status 130. A reader of stdout that goes away (`| head`): status 0. Everything else is a
+    fault of ours and keeps its traceback. is_speaker: whether this rank says an error that all
+    ranks have. less_memory: what of this program's to give when memory runs out.
     """
     outcome = Outcome()
     open_standard_files()
@@ -193,6 +211,11 @@ def program(
         outcome.status = 1
         if is_speaker() or not error.on_all_ranks:
             say(name, str(error))
+    except ModuleNotFoundError as error:
+        if (package := (error.name or "").split(".")[0]) not in EXTRAS:
+            raise
+        outcome.status = 1
+        say(name, not_installed(package))
     except BrokenPipeError:
         release_stdout()
     except OSError as error:

@@ -13,6 +13,8 @@ parse_with_config does the same where a flag --config names a YAML file of flags
 import argparse
 import difflib
 import math
+import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -242,6 +244,61 @@ def suggestion(word: str, known: Collection[str]) -> str:
     near = [name for name in (bare, SYNONYMS.get(bare)) if name in flags]
     near += difflib.get_close_matches(bare, flags, n=1)
     return f" (did you mean {flags[near[0]]}?)" if near else ""
+
+
+class Gather(argparse.Action):
+    """For a flag with nargs that may be given several times: the values of all of them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else []), *values])
+
+
+def named_files(words: Iterable[str], alone: Collection[str] = ()) -> dict[str, str | None]:
+    """{name: file} for words such as NAME=FILE, or NAME for those that need no file, `alone`.
+    Raises UserError that says what is wrong with the first bad one.
+
+    >>> named_files(["hellaswag"], alone=["hellaswag"])
+    {'hellaswag': None}
+    """
+    found: dict[str, str | None] = {}
+    for word in words:
+        name, _, file = word.partition("=")
+        if not name or not name.replace("-", "_").isidentifier() or not name.isascii():
+            raise UserError(f"{word!r} is not NAME=FILE with a name of letters, digits, - and _")
+        if name in found:
+            raise UserError(f"{name}: named twice")
+        if not file and name not in alone:
+            known = f" (known without: {', '.join(alone)})" if alone else ""
+            raise UserError(f"{name}: give its file, {name}={name}.jsonl{known}")
+        if file and not os.path.isfile(file):
+            raise UserError(f"{name}: {file}: no such file")
+        found[name] = file or None
+    return found
+
+
+def wrong_files(flag: str, words: Iterable[str], taken: Collection[str] = ()) -> list[str]:
+    """What is wrong with the NAME=FILE words of a flag, or with names that are `taken`."""
+    try:
+        named = named_files(words)
+    except UserError as error:
+        return [f"{flag} {error}"]
+    return [f"{flag} {name}: this name is taken" for name in named if name in taken]
+
+
+def named_after_flags(folder: str, values: dict[str, Any]) -> str:
+    """The folder with the value of a flag for each {flag} in its name; other braces stay.
+
+    >>> named_after_flags("runs/lr{learning_rate}-{seed}", {"learning_rate": 3e-4, "seed": 1})
+    'runs/lr0.0003-1'
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1]
+        known = name in values and name != "out_dir"
+        return str(values[name]).replace(os.sep, "_") if known else found[0]
+
+    return re.sub(r"\{(\w+)\}", value, folder)
 
 
 def number(

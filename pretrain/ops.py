@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Linear", "linear", "linear_cross_entropy", "score_head", "soft_capped", "token_losses"]
+__all__ = [
+    "Linear",
+    "linear",
+    "linear_cross_entropy",
+    "losses_and_likeliest",
+    "residual",
+    "score_head",
+    "soft_capped",
+    "token_losses",
+]
 
 
 class Linear(nn.Linear):
@@ -48,6 +57,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
+def residual(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The residual stream in dtype, if autocast computes in that here, else as it is. What blocks
+    add to it is of that dtype too, so it stays so."""
+    kind = x.device.type
+    if dtype is None or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(dtype) if torch.get_autocast_dtype(kind) == dtype else x
+
+
 # ---- The output head: hidden states to losses, a part of the logits at a time
 
 
@@ -59,12 +77,15 @@ class _Parts(NamedTuple):
     vocab: int  # rows of the weight's gradient
 
     @classmethod
-    def on(cls, device: str) -> "_Parts":
+    def on(cls, device: str, rows: int = 0) -> "_Parts":
+        """rows: those of logits, 0 for what suits the device."""
         if device != "cpu":
-            return cls(8192, 8192 if torch.compiler.is_compiling() else 2048, 1 << 30)
+            rows = rows or 8192
+            return cls(rows, rows if torch.compiler.is_compiling() else 2048, 1 << 30)
         if torch.compiler.is_compiling():
-            return cls(512, 512, 1 << 30)
-        return cls(512, 8, 4096)  # so that intermediate results stay in the processor's caches
+            return cls(rows or 512, rows or 512, 1 << 30)
+        # Few, so that intermediate results stay in the processor's caches.
+        return cls(rows or 512, 8, 4096)
 
 
 def linear_cross_entropy(
@@ -76,6 +97,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     soft_cap: float | None = None,
+    rows: int = 0,
 ) -> Tensor:
     """Mean cross entropy, a float32 scalar, of the logits hidden @ weight[:vocab_size].T + bias.
 
@@ -84,13 +106,17 @@ def linear_cross_entropy(
     Value and gradients are those of F.cross_entropy, NaN included where every target is negative.
     weights, float (N,), multiply the losses and are constants in the backward pass:
     sum(weights * loss) / count of targets. soft_cap c bounds the logits: see soft_capped.
+
+    rows: of logits that exist at a time, by default what suits the device. Where it is given, the
+    products that add up to the weight's gradient are taken in float32 rather than rounded to the
+    dtype of the computation: many rows are few products, so that this costs little.
     """
     counted = targets >= 0
     weights = counted.float() if weights is None else counted * weights
     bias = _padded(bias, len(weight))
     if torch.is_grad_enabled():
         total = _SummedCrossEntropy.apply(
-            hidden, weight, bias, targets.clamp(min=0), weights, vocab_size, soft_cap
+            hidden, weight, bias, targets.clamp(min=0), weights, vocab_size, soft_cap, rows
         )
     else:
         losses = token_losses(_head(weight, bias, vocab_size, soft_cap), hidden, targets)
@@ -113,6 +139,13 @@ def score_head(
     The scoring twin of linear_cross_entropy, with its arguments; without gradients.
     """
     head = _head(weight, _padded(bias, len(weight)), vocab_size, soft_cap)
+    return losses_and_likeliest(head, hidden, targets)
+
+
+def losses_and_likeliest(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What token_losses returns, and the likeliest tokens, int64 (N,)."""
     losses, likeliest = [], []
     for logits, target in _logits_in_parts(head, hidden, targets):
         losses.append(F.cross_entropy(logits, target, ignore_index=-1, reduction="none"))
@@ -171,11 +204,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, weights, vocab_size, soft_cap):  # noqa: PLR0917
+    def forward(ctx, hidden, weight, bias, targets, weights, vocab_size, soft_cap, rows):  # noqa: PLR0917
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        parts = _Parts.on(device)
+        parts, is_exact = _Parts.on(device, rows), rows > 0
         unit = _unit(weights, dtype)
         losses, d_hidden, d_weight = (
             torch.empty_like(weights),
@@ -186,17 +219,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
         d_bias = None if bias is None else torch.zeros_like(bias)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), parts.rows):
-                rows = slice(start, start + parts.rows)
-                h, scale = hidden[rows].to(dtype), weights[rows, None] / unit
+                part = slice(start, start + parts.rows)
+                h, scale = hidden[part].to(dtype), weights[part, None] / unit
                 logits = F.linear(h, w, b)
-                split = (t.split(parts.softmax_rows) for t in (logits, targets[rows], losses[rows]))
+                split = (t.split(parts.softmax_rows) for t in (logits, targets[part], losses[part]))
                 for some, target, loss in zip(*split, strict=True):
                     loss.copy_(_logits_to_gradient(some, target, vocab_size, soft_cap))
-                d_hidden[rows] = (logits @ w) * scale
+                d_hidden[part] = (logits @ w) * scale
                 h = (h * scale).to(dtype)
                 split = (d_weight.split(parts.vocab), logits.split(parts.vocab, dim=1))
                 for d, d_logits in zip(*split, strict=True):
-                    d += d_logits.t() @ h
+                    d += _in_float32(d_logits.t(), h) if is_exact else d_logits.t() @ h
                 if d_bias is not None:
                     d_bias += logits.t() @ scale[:, 0].to(dtype)
         ctx.save_for_backward(d_hidden, d_weight, d_bias, unit)
@@ -210,7 +243,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
         if d_bias is not None:
             d_bias.mul_(grad)
         # Scaled in place: they are as large as the weights.
-        return d_hidden.mul_(grad), d_weight.mul_(grad), d_bias, None, None, None, None
+        return d_hidden.mul_(grad), d_weight.mul_(grad), d_bias, None, None, None, None, None
+
+
+def _in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32: the sums of a product of 16-bit numbers are float32, and stay so."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def _unit(weights: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,16 @@
-"""What all tests share: libraries that count their users are told not to."""
+"""What all tests share: one thread each, long ones first, and libraries that are quiet."""
 
 import os
 
 import pytest
+
+# Tests are small: several threads would wait for each other, which keeps all cores busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests come first: one that came last would run alone while other cores are idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,3 +23,21 @@ def _quiet_libraries():
         del os.environ["HF_HUB_DISABLE_TELEMETRY"]
     else:
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = before
+
+
+@pytest.fixture(scope="session")
+def _s3_server():
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    from loopback_s3 import LoopbackS3
+
+    with LoopbackS3() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(_s3_server, monkeypatch):
+    """An empty S3 on loopback, which this test's process finds in its environment."""
+    _s3_server.reset()
+    _s3_server.use(monkeypatch)
+    return _s3_server

@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -331,7 +332,7 @@ def test_two_processes_give_what_one_gives(checkpoint, tmp_path):
     words = command(checkpoint, "--batch_tokens", 200, "--per_example", two)
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     launch += [str(ROOT / "hellaswag.py"), *words]
-    done = subprocess.run(launch, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = forked.run(launch, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\nacc_norm ") == 1, "one rank prints"
     assert two.read_text() == one.read_text()

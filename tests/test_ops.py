@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.ops import linear, linear_cross_entropy, score_head, soft_capped, token_losses
+from pretrain.ops import (
+    linear,
+    linear_cross_entropy,
+    residual,
+    score_head,
+    soft_capped,
+    token_losses,
+)
 
 
 @pytest.mark.parametrize(
@@ -246,3 +253,45 @@ def test_weights_of_zero_give_gradients_of_zero_in_float16():
     loss.backward()
     assert loss == 0
     assert not any(x.grad.any() for x in ours)
+
+
+# --- Rows at a time, and a residual stream in 16 bits
+
+
+def head_gradients(rows, dtype=torch.bfloat16):
+    """(loss, gradient of hidden, of weight) of numbers that bfloat16 holds; float64: the truth."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 16).bfloat16().to(torch.float32) for n in (512, 128))
+    if dtype == torch.float64:
+        hidden, weight = hidden.double(), weight.double()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    targets = torch.randint(100, (512,))
+    if dtype == torch.float64:
+        loss = plain_loss(hidden, weight[:100] / 10, targets)
+    else:
+        with torch.autocast("cpu", dtype):
+            loss = linear_cross_entropy(hidden, weight / 10, targets, 100, rows=rows)
+    loss.backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+def test_with_rows_given_the_heads_gradient_is_added_up_in_float32_and_nearer_to_the_truth():
+    _, _, truth = head_gradients(0, torch.float64)
+    errors = {rows: (head_gradients(rows)[2] - truth).norm().item() for rows in (0, 64, 4096)}
+    assert max(errors[64], errors[4096]) < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize("rows", [64, 500, 4096])
+def test_the_number_of_rows_at_a_time_changes_nothing_but_rounding(rows):
+    for ours, expected in zip(head_gradients(rows), head_gradients(0), strict=True):
+        torch.testing.assert_close(ours, expected, atol=3e-4, rtol=0.02)
+
+
+def test_the_residual_stream_is_in_16_bits_only_where_autocast_computes_in_them():
+    x = torch.ones(2)
+    assert residual(x, None) is x and residual(x, torch.bfloat16) is x
+    with torch.autocast("cpu", torch.float16):
+        assert residual(x, torch.bfloat16) is x
+    with torch.autocast("cpu", torch.bfloat16):
+        assert residual(x, torch.bfloat16).dtype == torch.bfloat16 and residual(x, None) is x

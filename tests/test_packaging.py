@@ -2,6 +2,8 @@
 that no two files disagree on versions or requirements."""
 
 import ast
+import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import published_vocabulary
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -114,13 +117,22 @@ def requirements(lines):
     }
 
 
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+# Those that requirements.txt has besides what pip installs by itself.
+STAGES = ("hub", "plots", "fast", "offline")
+
+
 @pytest.mark.parametrize(
     ("file", "listed"),
     [
-        ("requirements.txt", PROJECT["project"]["dependencies"]),
-        ("requirements-adapters.txt", PROJECT["project"]["optional-dependencies"]["adapters"]),
-        ("requirements-ray.txt", PROJECT["project"]["optional-dependencies"]["ray"]),
-        ("requirements-dev.txt", PROJECT["project"]["optional-dependencies"]["dev"]),
+        (
+            "requirements.txt",
+            [*PROJECT["project"]["dependencies"], *(line for e in STAGES for line in EXTRAS[e])],
+        ),
+        ("requirements-adapters.txt", EXTRAS["adapters"]),
+        ("requirements-ray.txt", EXTRAS["ray"]),
+        ("requirements-stores.txt", EXTRAS["stores"]),
+        ("requirements-dev.txt", EXTRAS["dev"]),
     ],
 )
 def test_a_requirements_file_and_pyproject_say_the_same(file, listed):
@@ -128,11 +140,60 @@ def test_a_requirements_file_and_pyproject_say_the_same(file, listed):
     assert requirements(lines) == requirements(listed)
 
 
+def test_the_stages_work_where_no_extra_is_installed(tmp_path):
+    """In one process that cannot import them; what does need one says so in a line. GPT-2's
+    vocabulary is where tiktoken keeps what it has downloaded."""
+    for name in ("encoder.json", "vocab.bpe"):
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        kept = tmp_path / "vocabulary" / hashlib.sha1(url.encode()).hexdigest()
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_bytes(published_vocabulary.serve(url))
+    assert EXTRAS["all"] == [f"gpt2-pretrain[{','.join(STAGES)}]"]
+    absent = [name for extra in STAGES for name in requirements(EXTRAS[extra])]
+    absent = [name.replace("-", "_") for name in absent if name != "requests"]  # tiktoken's
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({absent}) | dict.fromkeys(["transformers", "lightning", "lm_eval"])
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv[0] = "program"
+import fineweb, hellaswag, sample, train_gpt2
+from pretrain.report import __main__ as report
+data = ["--source", {str(ROOT / "input.txt")!r}, "--max_tokens", "4000", "--num_proc", "1"]
+items = {str(ROOT / "tests/data/hellaswag_items.jsonl")!r}
+size = "--n_layer 1 --n_head 1 --n_embd 8 --block_size 16 --max_iters 2 --eval_iters 1"
+print(fineweb.main([*data, "--out_dir", "d"]))
+print(train_gpt2.main([*size.split(), "--warmup_iters", "1", "--lr_decay_iters", "2",
+    "--data_dir", "d", "--out_dir", "r", "--device", "cpu", "--no-hellaswag"]))
+print(hellaswag.main(["--checkpoint", "r", "--data", items, "--limit", "2", "--device", "cpu"]))
+print(sample.main(["--checkpoint", "r", "--prompt", "A", "--max_new_tokens", "2"]))
+print(report.main(["r"]))
+print(fineweb.main(["--dataset", "some/where", "--out_dir", "e"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "TIKTOKEN_CACHE_DIR": str(tmp_path / "vocabulary"),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    statuses = [line for line in done.stdout.splitlines() if line in ("0", "1", "2")]
+    assert statuses == ["0", "0", "0", "0", "1", "1"], done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 2 and "Traceback" not in done.stderr
+    assert "matplotlib is not installed" in errors[0] and "pip install" in errors[0]
+    assert "is not installed" in errors[1] and "extra hub" in errors[1]
+
+
 def test_every_import_of_the_product_is_required():
     """Third-party modules that a source names, by the names under which they are installed."""
     installed_as = {"yaml": "pyyaml", "PIL": "pillow"}
     # Those that come with a requirement, and what is imported only where somebody installed it.
-    allowed = {"urllib3", "tiktoken-ext", "torchmetrics", "fsspec"}
+    allowed = {"urllib3", "tiktoken-ext", "torchmetrics", "fsspec", "trackio"}
     groups = PROJECT["project"]["optional-dependencies"]
     known = set(requirements(PROJECT["project"]["dependencies"])) | allowed
     for extra in groups.values():

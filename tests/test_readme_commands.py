@@ -13,9 +13,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,10 +27,13 @@ from torch.distributed.run import get_args_parser
 from upload_hub import UploadHub
 
 import fineweb
+from adapters import lm_eval
 from model import GPT, GPTConfig
+from pretrain import flags
 from pretrain.train.settings import from_command_line
 
-pytestmark = pytest.mark.timeout(900)  # whole programs, one after the other
+# Whole programs, one after the other.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ITEMS = "tests/data/hellaswag_items.jsonl"
 COPIED = (
     "fineweb.py",
@@ -65,12 +68,20 @@ EXCEPTIONS = {  # the same for commands with these words in them
     "--config configs/modern-124m.yaml": f"{SIZES} {SHAPE} --total_batch_tokens 256 {LENGTH} "
     + TRAINING,
     "--eval_only": f"--eval_iters 2 --device cpu --hellaswag_data {ITEMS}",
+    "--val_tokens 10485760": f"--val_tokens 64 --device cpu --hellaswag_data {ITEMS}",
     "--model my-gpt2": f"{RUN} --cpu",
 }
 
 
 # Pages whose commands need machines that are not here, and a benchmark that takes minutes.
-PARSED = {"docs/many-machines.md": "", "docs/changing-the-model.md": "benchmarks/"}
+PARSED = {
+    "docs/many-machines.md": "",
+    "docs/many-gpus.md": "",
+    "docs/object-stores.md": "",
+    "docs/gpus.md": "",
+    "docs/changing-the-model.md": "benchmarks/",
+    "docs/other-tools.md": "adapters.lm_eval",  # whose tasks are data sets of the Hub
+}
 
 
 class Sandbox:
@@ -109,8 +120,9 @@ class Sandbox:
             words[0]
         ]
         words = [sys.executable, *start, *words[1:], *more.split()]
-        done = subprocess.run(
+        done = forked.run(
             words,
+            popen=forked.AdapterPopen if "adapters" in program else forked.Popen,
             cwd=self.folder,
             env=self.environment,
             input=stdin,
@@ -200,6 +212,8 @@ def parse(words):
         assert words[1] == "start" and words[2].split("=")[0] in ("--head", "--address")
     elif words[1] == "train_gpt2.py":
         assert from_command_line(words[2:]) is not None
+    elif words[1:3] == ["-m", "adapters.lm_eval"]:
+        assert flags.parse(lm_eval.build_parser(), words[3:])[2] == []
     elif words[1] == "fineweb.py":
         fineweb.parse_args(words[2:])  # ends the process where something is wrong
     else:
@@ -247,7 +261,7 @@ def test_the_commands_that_train_and_score(sandbox):
         sandbox.run(words)
     assert (sandbox.folder / "checkpoints" / "gpt2-124m" / "final_model.pt").is_file()
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    subprocess.run(
+    forked.run(
         [sys.executable, "-c", code], cwd=sandbox.folder, env=sandbox.environment, check=True
     )
     for name in ("gpt2", "gpt2-xl"):
@@ -269,8 +283,14 @@ def test_the_commands_for_ones_own_data(sandbox):
         (sandbox.folder / folder).mkdir()
     (sandbox.folder / "corpus" / "a.jsonl").write_text(document + "\n")
     (sandbox.folder / "more" / "b.jsonl.gz").write_bytes(gzip.compress(document.encode()))
-    printed = [sandbox.run(words) for words in run_of("docs/own-data.md")]
-    assert len(printed) == 6
+    printed = []
+    for words in run_of("docs/own-data.md"):
+        if "checkpoints/mixed" in words:  # folders of shards that the page does not make
+            for name in ("web", "books", "fineweb10B"):
+                shutil.copytree(sandbox.folder / "data/input", sandbox.folder / "data" / name)
+        printed.append(sandbox.run(words))
+    assert len(printed) == 8
+    assert "books" in printed[5] and "bits per byte" in printed[6]
     assert (sandbox.folder / "data/input-bin/input_train_000001.bin").is_file()
     assert (sandbox.folder / "checkpoints/from-bin/final_model.pt").is_file()
 
@@ -287,7 +307,7 @@ def test_the_snippets_of_python_are_true(sandbox):
     sandbox.run("python train_gpt2.py --data input.txt")
     snippets = re.findall(r"```python\n(.*?)```", page("docs/python-api.md"), re.DOTALL)
     code = "\n".join(snippets) + "\nassert len(losses) > 0\n"
-    subprocess.run(
+    forked.run(
         [sys.executable, "-c", code], cwd=sandbox.folder, env=sandbox.environment, check=True
     )
     others = [name for name in PAGES if "```python" in page(name)]

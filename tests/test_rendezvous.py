@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 from free_port import free_port
 
@@ -238,7 +239,7 @@ def start_by_hand(script, **variables):
         **variables,
     }
     return [
-        subprocess.Popen(
+        forked.Popen(
             [sys.executable, str(script)],
             env={**shared, "RANK": str(rank)},
             stderr=subprocess.PIPE,

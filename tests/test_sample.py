@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -362,9 +363,7 @@ def test_a_closed_pipe_ends_it_quietly(checkpoint):
         "--temperature",
         "1",
     ]
-    with subprocess.Popen(
-        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with forked.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.read(14) == b"The mill stood"
         process.stdout.close()
         assert process.stderr.read() == b""

@@ -13,6 +13,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -454,7 +455,7 @@ def test_killed_in_a_step_or_in_a_save_a_run_ends_as_if_it_had_not_been(flags, w
     code = KILLED_RUNS.format(
         root=str(ROOT), folder=str(tmp_path), flags=[*flags, "--max_iters", "12"]
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, timeout=240)
+    forked.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, timeout=240)
     for name in ("in_a_step", "in_a_save", "in_a_later_save"):
         steps = [
             r["step"] for r in read_log(tmp_path / name / "metrics.jsonl") if r["event"] == "train"
@@ -473,7 +474,7 @@ def test_sigterm_from_outside_ends_the_process_with_143_and_a_checkpoint(flags, 
         "--eval_interval",
         "0",
     ]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    process = forked.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step") and "loss" in line:
             break
@@ -744,7 +745,7 @@ def test_a_compiled_run_trains_alike_and_compiles_nothing_for_evaluations(
 
 def test_without_a_compiler_a_run_goes_on_uncompiled(flags, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(
-        train_gpt2.distributed, "compiler_problem", lambda device: "no C++ compiler was found"
+        "pretrain.train.speed.compiler_problem", lambda device: "no C++ compiler was found"
     )
     command = [
         *flags,
@@ -829,7 +830,7 @@ def test_torchrun_restarts_a_killed_rank_and_two_ranks_train_as_one(data, tmp_pa
         "--max-restarts=1",
     ]
     two = [*shared, "--gradient_accumulation_steps", "1", "--out_dir", str(tmp_path / "two")]
-    subprocess.run(
+    forked.run(
         [*torchrun, str(script), *two, "--compile", "False"],
         check=True,
         env=ENVIRONMENT,
@@ -861,7 +862,7 @@ def start_ranks(flags, world_size):
     command = [sys.executable, str(ROOT / "train_gpt2.py"), *flags]
     ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return [subprocess.Popen(command, text=True, env=environment, **pipes) for environment in ranks]
+    return [forked.Popen(command, text=True, env=environment, **pipes) for environment in ranks]
 
 
 def test_sigterm_to_one_rank_stops_all_and_one_process_goes_on(data, tmp_path):

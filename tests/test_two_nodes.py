@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from free_port import free_port
 from tiny_runs import logged
@@ -12,6 +13,7 @@ from tiny_runs import logged
 import train_gpt2
 from pretrain.report.runlog import read_log
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 TEXT = "\n<|endoftext|>\n".join(
     f"The mill by the river has {n} wheels, and each of them turns {n * n} times."
@@ -45,9 +47,7 @@ def run_on(folders, *flags):
         *("--local_addr=127.0.0.1", train_gpt2.__file__, *FLAGS, *flags),
     ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    agents = [
-        subprocess.Popen(command, cwd=folder, env=environment(), **pipes) for folder in folders
-    ]
+    agents = [forked.Popen(command, cwd=folder, env=environment(), **pipes) for folder in folders]
     try:
         outputs = [agent.communicate(timeout=200) for agent in agents]
     finally:

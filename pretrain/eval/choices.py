@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.ops import token_losses
+from pretrain.ops import losses_and_likeliest, token_losses
 
 # Positions in a batch. A CPU likes what fits its caches, a GPU what keeps it busy.
 BATCH_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
@@ -192,18 +192,24 @@ class Scores(NamedTuple):
     items: np.ndarray  # int64
     choices: np.ndarray  # int64
     sums: np.ndarray  # float64
+    greedy: (
+        np.ndarray
+    )  # bool: whether each token of the ending is the likeliest; False if not asked
 
 
-def _scores(rows: Sequence[Row], losses: Tensor) -> Scores:
+def _scores(rows: Sequence[Row], losses: Tensor, is_likeliest: Tensor | None) -> Scores:
     lengths = [len(ending) for row in rows for ending in row.endings]
     starts = np.cumsum([0, *lengths[:-1]])
-    sums = iter(np.add.reduceat(losses.cpu().numpy().astype(np.float64), starts))
+    sums = np.add.reduceat(losses.cpu().numpy().astype(np.float64), starts)
+    greedy = np.zeros(len(sums), bool)
+    if is_likeliest is not None:
+        greedy = np.logical_and.reduceat(is_likeliest.cpu().numpy(), starts)
+    of_endings = zip(sums, greedy, strict=True)
     found = []
     for row in rows:
-        for choices, loss in zip(row.choices, sums, strict=False):
-            found += [(row.item, choice, loss) for choice in choices]
-    items, numbers, values = zip(*found, strict=True)
-    return Scores(np.array(items), np.array(numbers), np.array(values))
+        for choices, (loss, hit) in zip(row.choices, of_endings, strict=False):
+            found += [(row.item, choice, loss, hit) for choice in choices]
+    return Scores(*map(np.array, zip(*found, strict=True)))
 
 
 @contextlib.contextmanager
@@ -221,16 +227,24 @@ def computing(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]
         torch.clear_autocast_cache()  # an outer autocast would keep tensors that autograd refuses
 
 
-def score(parts: Parts, batches: Iterable[Sequence[Row]], device: torch.device) -> Iterator[Scores]:
+def score(
+    parts: Parts, batches: Iterable[Sequence[Row]], device: torch.device, *, greedy: bool = False
+) -> Iterator[Scores]:
     """The losses of all endings, a batch at a time. Each is launched before the results of the one
-    before are fetched, so that a GPU always has work."""
+    before are fetched, so that a GPU always has work. greedy: also whether a greedy reader would
+    have written the ending."""
     before = None
     for rows in batches:
         batch = RowBatch(*(x.to(device) for x in collate(rows, WIDTH_MULTIPLE.get(device.type, 8))))
         hidden = parts.body(batch.tokens, batch.positions, batch.branches).flatten(0, 1)
-        losses = token_losses(parts.head, hidden[batch.sources], batch.targets)
+        ends, hits = hidden[batch.sources], None
+        if greedy:
+            losses, likeliest = losses_and_likeliest(parts.head, ends, batch.targets)
+            hits = likeliest == batch.targets
+        else:
+            losses = token_losses(parts.head, ends, batch.targets)
         if before is not None:
             yield _scores(*before)
-        before = rows, losses
+        before = rows, losses, hits
     if before is not None:
         yield _scores(*before)

@@ -18,7 +18,7 @@ import torch
 from pretrain import weights
 from pretrain.errors import UserError, first_line
 from pretrain.eval.arguments import DEFAULT_CHECKPOINT
-from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE, load_encoding
+from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE, load_encoding, shown_bytes
 from pretrain.train import checkpoint as checkpoints
 
 if TYPE_CHECKING:
@@ -102,11 +102,7 @@ def foreign_vocabulary(folder: Path) -> str | None:
 
 
 def _gpt2_tokens() -> dict[str, int]:
-    """GPT-2's tokens as vocab.json writes them: a byte is a character, itself where that is
-    printable, else the next from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    shown = {byte: byte for byte in printable} | {b: 0x100 + i for i, b in enumerate(others)}
-    encoding = load_encoding()
+    """GPT-2's tokens as vocab.json writes them."""
+    shown, encoding = shown_bytes(), load_encoding()
     tokens = (encoding.decode_single_token_bytes(i) for i in range(END_OF_TEXT))
-    return {token.decode("latin-1").translate(shown): i for i, token in enumerate(tokens)}
+    return {"".join(shown[byte] for byte in token): i for i, token in enumerate(tokens)}

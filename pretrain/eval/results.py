@@ -12,7 +12,7 @@ from typing import Any
 
 from pretrain.eval.hellaswag import PUBLISHED_FILES, Example, data_sha256
 from pretrain.eval.scoring import Result
-from pretrain.report.known import published
+from pretrain.report.known import published, title
 
 
 def describe(data: Path) -> dict[str, Any]:
@@ -23,20 +23,24 @@ def describe(data: Path) -> dict[str, Any]:
 
 
 def report_lines(
-    result: Result, model: dict[str, Any], data: dict[str, Any], settings: dict[str, Any]
+    result: Result,
+    model: dict[str, Any],
+    data: dict[str, Any],
+    settings: dict[str, Any],
+    task: str = "hellaswag",
 ) -> str:
     """The accuracies with their standard errors, and what they can be compared with."""
-    known = published("hellaswag", result.style).items()
+    known = published(task, result.style).items()
     others = ", ".join(f"{name} {acc:.4f} / {norm:.4f}" for name, (acc, norm) in known)
     unit = "token" if result.style == "completion" else "character"
     lines = [
-        f"HellaSwag, {result.n:,} examples of {data['published_split'] or data['file']},"
+        f"{title(task)}, {result.n:,} examples of {data['published_split'] or data['file']},"
         f" {result.style} style",
         f"model     {model['name']}, {model['parameters'] / 1e6:.1f}M parameters,"
         f" {settings['dtype']} on {settings['device']}",
         f"acc       {result.acc:.4f} +- {result.acc_stderr:.4f}   lowest loss",
         f"acc_norm  {result.acc_norm:.4f} +- {result.acc_norm_stderr:.4f}   lowest loss per {unit}",
-        f"published, acc / acc_norm of all val: {others}",
+        *([f"published, acc / acc_norm of all val: {others}"] if others else []),
         f"{result.seconds:.1f} s, {result.n / max(result.seconds, 1e-9):.1f} examples/s",
     ]
     if result.truncated:

@@ -65,7 +65,8 @@ def score_examples(
     rank: int = 0,
     world_size: int = 1,
     group: Any = None,
-    progress: bool = False,
+    progress: str = "",
+    advance: Callable[[int, int], None] = lambda done, total: None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Result | None:
     """Score a model: our GPT or transformers' GPT-2 (either may be wrapped by DDP or
@@ -77,6 +78,9 @@ def score_examples(
     the weights). With world_size > 1 all ranks call this with the same examples, make the same
     number of forward passes, add up their losses in the process group `group`, and get the same
     whole result, that of world_size 1. The model is in eval mode meanwhile, in its own after.
+
+    progress: a name for a bar on a terminal ("": none). advance is told how many of how many
+    batches of this rank are done.
 
     Returns None if `interrupted`, asked after each batch, has said so on any rank. Raises
     HellaSwagError if losses are not finite, or a vocabulary is not GPT-2's.
@@ -90,14 +94,14 @@ def score_examples(
     rows = engine.make_rows(items, parts.block_size, share=parts.packs)
     batches = engine.make_batches(rows, batch_tokens or engine.BATCH_TOKENS.get(place.type, 4096))
     mine, num_own = _share(batches, rank, world_size)
-
     losses = np.zeros((len(items), 4))
-    computing, bar = engine.computing(place, dtype), _bar(mine, progress and rank == 0)
+    computing, bar = engine.computing(place, dtype), _bar(mine, progress * (rank == 0))
     with evaluating(model), computing, bar as show:
         for number, scores in enumerate(engine.score(parts, mine, place)):
             if number < num_own:
                 losses[scores.items, scores.choices] = scores.sums
                 show(scores, losses, lengths, labels)
+            advance(number + 1, len(mine))
             if _any(interrupted(), world_size, group, place):
                 return None
     if world_size > 1:
@@ -107,13 +111,9 @@ def score_examples(
             f"losses of the model are not finite on {bad} of {len(items)} examples"
         )
     truncated = sum(len(r.choices) for r in rows if len(r.context) < len(items[r.item].context))
-    return Result(
-        style,
-        len(items),
-        truncated=truncated,
-        seconds=time.perf_counter() - t0,
-        **_accuracies(losses, lengths, labels),
-    )
+    seconds = time.perf_counter() - t0
+    accuracies = _accuracies(losses, lengths, labels)
+    return Result(style, len(items), truncated=truncated, seconds=seconds, **accuracies)
 
 
 def _encoded(
@@ -152,16 +152,17 @@ def _accuracies(losses: np.ndarray, lengths: np.ndarray, labels: np.ndarray) -> 
 
 
 @contextlib.contextmanager
-def _bar(batches: Sequence, shown: bool) -> Iterator[Callable]:
+def _bar(batches: Sequence, name: str) -> Iterator[Callable]:
     """A progress bar, on a terminal only, with the accuracy over what this rank has scored so
     far."""
+    if not name:
+        yield lambda *_: None
+        return
     from tqdm import tqdm
 
     total = sum(len(choices) for batch in batches for row in batch for choices in row.choices)
     seen: set[int] = set()
-    with tqdm(
-        total=total, unit=" endings", desc="HellaSwag", disable=None if shown else True
-    ) as bar:
+    with tqdm(total=total, unit=" endings", desc=name, disable=None) as bar:
 
         def show(
             scores: engine.Scores, losses: np.ndarray, lengths: np.ndarray, labels: np.ndarray

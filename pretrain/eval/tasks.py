@@ -15,6 +15,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,8 +26,11 @@ from pretrain.distributed import Ranks, environment
 from pretrain.errors import UserError
 from pretrain.eval.hellaswag import Example, data_path, ensure_data, load_with_hash
 from pretrain.eval.scoring import score_examples
+from pretrain.flags import named_files
+from pretrain.report.console import silent
 from pretrain.report.known import title
 from pretrain.tokens.tokenizer import TokenizerUnavailable, load_encoding
+from pretrain.train.settings import TrainSettings
 
 
 class Task(Protocol):
@@ -41,9 +45,11 @@ class Task(Protocol):
         dtype: torch.dtype,
         ranks: Ranks,
         interrupted: Callable[[], bool],
+        progress: Callable[[str, int, int], None] = silent,
     ) -> dict[str, Any] | None:
         """The numbers as JSON takes them, the same on every rank: n, acc, acc_norm, acc_stderr,
-        acc_norm_stderr, style. None: there are none (yet), or `interrupted` said so on a rank."""
+        acc_norm_stderr, style. None: there are none (yet), or `interrupted` said so on a rank.
+        progress is told the task, and how many of how many batches are done."""
         ...
 
 
@@ -74,6 +80,7 @@ class MultipleChoice:
         dtype: torch.dtype,
         ranks: Ranks,
         interrupted: Callable[[], bool] = lambda: False,
+        progress: Callable[[str, int, int], None] = silent,
     ) -> dict[str, Any] | None:
         """See Task.score."""
         if self._is_left_out or not self._is_ready(ranks):
@@ -91,6 +98,7 @@ class MultipleChoice:
                 world_size=ranks.world_size,
                 group=ranks.control,
                 interrupted=interrupted,
+                advance=partial(progress, self.name),
             )
         except (UserError, TokenizerUnavailable) as error:
             self._leave_out(str(error), ranks)
@@ -147,7 +155,7 @@ class HellaSwag(MultipleChoice):
 
     def _download(self) -> None:
         # Its retries are not for the console of a run.
-        logging.getLogger("pretrain.text.remote").setLevel(logging.ERROR)
+        logging.getLogger("pretrain.text.ranges").setLevel(logging.ERROR)
         try:
             ensure_data()
             self._is_here = True
@@ -173,20 +181,7 @@ def parse_tasks(words: list[str]) -> dict[str, str | None]:
     >>> parse_tasks(["trivia=trivia.jsonl"])
     {'trivia': 'trivia.jsonl'}
     """
-    found: dict[str, str | None] = {}
-    for word in words:
-        name, _, file = word.partition("=")
-        if not name or not name.replace("-", "_").isidentifier() or not name.isascii():
-            raise UserError(f"{word!r} is not NAME=FILE with a name of letters, digits, - and _")
-        if name in found:
-            raise UserError(f"{name}: named twice")
-        if not file and name not in TASKS:
-            known = ", ".join(TASKS)
-            raise UserError(f"{name}: give its file, {name}={name}.jsonl (known without: {known})")
-        if file and not Path(file).is_file():
-            raise UserError(f"{name}: {file}: no such file")
-        found[name] = file or None
-    return found
+    return named_files(words, TASKS)
 
 
 def open_tasks(
@@ -199,4 +194,15 @@ def open_tasks(
             tasks.append(TASKS[name](file, limit, wait_seconds=wait_seconds))
         elif file is not None:
             tasks.append(MultipleChoice(name, file, limit))
+    return tasks
+
+
+def tasks_of(settings: TrainSettings, device: torch.device) -> list[Task]:
+    """The tasks of a training run, on every rank: HellaSwag where it is wanted, and each --task."""
+    is_chosen = "hellaswag_limit" in settings.given or device.type == "cuda"
+    limit = settings.hellaswag_limit if is_chosen else 200
+    tasks = open_tasks(parse_tasks(settings.task or []), limit)
+    if settings.hellaswag:
+        wait = None if settings.eval_only else 2.0
+        tasks.insert(0, HellaSwag(settings.hellaswag_data, limit, wait_seconds=wait))
     return tasks

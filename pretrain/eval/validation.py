@@ -21,9 +21,13 @@ from torch import Tensor
 
 from pretrain.distributed import Ranks
 from pretrain.eval.generation import evaluating
+from pretrain.report.console import silent
 from pretrain.tokens.tokenizer import END_OF_TEXT, TokenizerUnavailable, load_encoding
-from pretrain.train.loader import TokenWindows
+from pretrain.train.data import TrainingData
+from pretrain.train.loader import BatchLoader, TokenWindows
+from pretrain.train.settings import SettingsError, TrainSettings
 
+Windows = dict[str, tuple[TokenWindows, np.ndarray]]  # what evaluations look at, with the numbers
 IGNORED = -1  # the target of padding: GPT.score leaves negative targets out
 SUMS = 4  # of a set of windows: losses, right predictions, tokens, bytes
 
@@ -39,6 +43,27 @@ def spread(windows: TokenWindows, count: int) -> np.ndarray:
     return np.arange(count) * len(windows) // count
 
 
+def evaluated_windows(
+    settings: TrainSettings, data: TrainingData, loader: BatchLoader, vocab_size: int
+) -> Windows:
+    """The first windows of val, and as many of train as --eval_iters says, named val and train, or
+    val/web and so on in a mixture. Raises SettingsError where val has no --val_tokens."""
+    block_size, found = loader.block_size, Windows()
+    asked, count = settings.val_tokens, settings.eval_iters * settings.batch_size
+    for name, val in data.validation(block_size=block_size, vocab_size=vocab_size).items():
+        whole = asked // block_size if asked else count
+        if asked and not 0 < whole <= len(val):
+            raise SettingsError(
+                f"--val_tokens {asked:,}: {data.folders[name]} has {len(val) * block_size:,} to"
+                f" score, in windows of {block_size}; choose from {block_size} up to that"
+            )
+        found[f"val/{name}" if name else "val"] = val, first(val, whole)
+    for name, part in loader.parts.items():
+        numbers = spread(part.windows, count)
+        found[f"train/{name}" if name else "train"] = part.windows, numbers
+    return found
+
+
 @torch.no_grad()
 def evaluate(
     model: Any,  # GPT, or an architecture with its score()
@@ -48,6 +73,8 @@ def evaluate(
     ranks: Ranks,
     autocast: AbstractContextManager,
     interrupted: Callable[[], bool] = lambda: False,
+    progress: Callable[[str, int, int], None] = silent,
+    score: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> dict[str, dict[str, float]]:
     """{"val": {"loss": mean over all tokens, "accuracy": share predicted right, "tokens": how
     many, "bits_per_byte": loss in bits over the bytes that the tokens stand for}, ...}.
@@ -56,14 +83,15 @@ def evaluate(
     end-of-text tokens cost bits and count no byte.
 
     model.score(x, y) returns the sum of losses, the number of right predictions and of tokens, as
-    GPT.score does. All batches have one shape, (batch_size, block_size), and every rank makes as
-    many: with sharded weights each is a call of all ranks. Once `interrupted` says so on any rank
-    the rest is left out on all, and the numbers mean nothing. The model is in eval mode meanwhile,
-    in its own mode after.
+    GPT.score does; `score` is the same, compiled. All batches have one shape, (batch_size,
+    block_size), and every rank makes as many: with sharded weights each is a call of all ranks.
+    Once `interrupted` says so on any rank the rest is left out on all, and the numbers mean
+    nothing. progress is told the set, and how many of how many batches are done. The model is in
+    eval mode meanwhile, in its own mode after.
     """
     sums: list[float] = []
     with evaluating(model):
-        for windows, numbers in sets.values():
+        for name, (windows, numbers) in sets.items():
             totals = np.zeros(SUMS)
             mine = numbers[ranks.rank :: ranks.world_size]
             most = math.ceil(len(numbers) / ranks.world_size)  # windows of the rank with most
@@ -72,12 +100,40 @@ def evaluate(
                     break
                 x, y = padded_batch(windows, mine[i : i + batch_size], batch_size)
                 with autocast:
-                    scores = model.score(x.to(ranks.device), y.to(ranks.device))
+                    scores = (score or model.score)(x.to(ranks.device), y.to(ranks.device))
                 totals += [*(score.item() for score in scores), count_bytes(y)]
+                progress(name, i // batch_size + 1, math.ceil(most / batch_size))
             sums += totals.tolist()
     sums = ranks.sum(*sums)
     parts = [sums[i : i + SUMS] for i in range(0, len(sums), SUMS)]
     return {name: _means(*part) for name, part in zip(sets, parts, strict=True)}
+
+
+def weighted(
+    scores: dict[str, dict[str, float]], shares: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """Scores of a mixture's sources, "val/web" and so on, with "val" and "train" before them: the
+    means by these shares. Without shares the scores as they are.
+
+    bits_per_byte is that of text of which the sources have these shares of the tokens.
+    """
+    if not shares:
+        return scores
+    return {split: _mean_of(split, scores, shares) for split in ("val", "train")} | scores
+
+
+def _mean_of(
+    split: str, scores: dict[str, dict[str, float]], shares: dict[str, float]
+) -> dict[str, float]:
+    parts = [(share, scores[f"{split}/{name}"]) for name, share in shares.items() if share]
+    means = {
+        name: sum(share * part[name] for share, part in parts) for name in ("loss", "accuracy")
+    }
+    if all("bits_per_byte" in part and part["bits_per_byte"] > 0 for _, part in parts):
+        # Bits per token over bytes per token; the latter is bits per token over bits per byte.
+        size = sum(share * part["loss"] / part["bits_per_byte"] for share, part in parts)
+        means["bits_per_byte"] = means["loss"] / size if size else math.nan
+    return means | {"tokens": sum(int(part["tokens"]) for _, part in parts)}
 
 
 def _means(loss: float, correct: float, count: float, size: float) -> dict[str, float]:

@@ -43,9 +43,9 @@ ARCHITECTURES = {
 
 
 def architecture_of(model: nn.Module) -> str:
-    """The name of a model's architecture, as a checkpoint records it."""
-    where = type(model).__module__, type(model).__name__
-    return next(name for name, a in ARCHITECTURES.items() if (a.module, a.model) == where)
+    """The name of a model's architecture, as a checkpoint records it; a subclass has it too."""
+    kinds = [(kind.__module__, kind.__name__) for kind in type(model).__mro__]
+    return next(name for name, a in ARCHITECTURES.items() if (a.module, a.model) in kinds)
 
 
 def load(path: str | Path) -> tuple[Any, dict[str, Any]]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model import CheckpointError, GPTConfig, KVCache
-from pretrain.ops import Linear, linear, linear_cross_entropy, score_head, soft_capped
+from pretrain.ops import Linear, linear, linear_cross_entropy, residual, score_head, soft_capped
 
 HEAD_DIM = 128
 SOFT_CAP = 15.0
@@ -158,6 +158,8 @@ class Modern(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.residual_dtype: torch.dtype | None = None  # as of model.GPT
+        self.head_rows = 0
         device = torch.get_default_device()
         with torch.device("meta"):  # every number is drawn below, none by torch's initialization
             self.embed = nn.Embedding(config.vocab_size, config.n_embd)
@@ -218,7 +220,7 @@ class Modern(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(start, start + T, device=idx.device)
         turn = rotation(position_ids, self.config.head_dim)
-        x = self.drop(self.norm_in(self.embed(idx)))
+        x = residual(self.drop(self.norm_in(self.embed(idx))), self.residual_dtype)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, turn, attn_mask, use_reentrant=False)
@@ -251,7 +253,13 @@ class Modern(nn.Module):
             weights = weights.view(len(idx), -1).expand(idx.shape).reshape(-1)
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
         return None, linear_cross_entropy(
-            hidden, self.head.weight, targets, self.config.vocab_size, weights, **self._head()
+            hidden,
+            self.head.weight,
+            targets,
+            self.config.vocab_size,
+            weights,
+            rows=self.head_rows,
+            **self._head(),
         )
 
     @torch.no_grad()

@@ -5,6 +5,8 @@ wrong.
     checkpoints, step 1,230: A loss spike
     checkpoints/report.html, and the curves as report-*.png beside it
     $ python -m pretrain.report runs/a runs/b runs/c --csv runs.csv     # the best run first
+    $ python -m pretrain.report checkpoints --follow         # written anew while the run goes on
+    $ python -m pretrain.report checkpoints --serve          # http://127.0.0.1:8000/, no file
 
 The page holds its pictures and loads nothing. It can be made at any time, while the run goes on as
 well.
@@ -19,15 +21,17 @@ from pathlib import Path
 import pretrain
 from pretrain import files
 from pretrain.errors import program
-from pretrain.flags import parse
+from pretrain.flags import COUNT, number, parse
 from pretrain.report import compare
 from pretrain.report.drawing import to_png
 from pretrain.report.findings import Finding, find
+from pretrain.report.live import follow, serve
 from pretrain.report.page import html_page
 from pretrain.report.plots import plots
 from pretrain.report.runs import Run, RunError
 
 PROGRAM = "python -m pretrain.report"
+FOLLOWED_EVERY, PORT = 60, 8000  # seconds
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,6 +53,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--csv", metavar="FILE", help="also a table of the runs for a spreadsheet; - prints it"
     )
+    live = parser.add_mutually_exclusive_group()
+    live.add_argument(
+        "--follow",
+        type=COUNT,
+        nargs="?",
+        const=FOLLOWED_EVERY,
+        metavar="SECONDS",
+        help="write the page anew while a run goes on, and let the browser load it again, every so "
+        f"many seconds ({FOLLOWED_EVERY}); PNGs and tables at the end",
+    )
+    live.add_argument(
+        "--serve",
+        type=number(int, minimum=0, maximum=65535),
+        nargs="?",
+        const=PORT,
+        metavar="PORT",
+        help="show the page at http://127.0.0.1:PORT/, to this machine alone, and write nothing "
+        f"({PORT}; from elsewhere: ssh -L {PORT}:127.0.0.1:{PORT} HOST)",
+    )
     parser.add_argument("--md", metavar="FILE", help="the same as Markdown; - prints it")
     return parser
 
@@ -68,7 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Load, write and say; the exit status."""
+    """Load, write and say; the exit status. Raises UserError."""
+    if args.serve is not None:
+        serve(args.out_dirs, lambda runs: _page(runs, FOLLOWED_EVERY), args.serve)
+        return 0
     runs, problems = [], []
     for out_dir in dict.fromkeys(args.out_dirs):
         try:
@@ -80,14 +106,12 @@ def report(args: argparse.Namespace) -> int:
         return 1
     page = Path(args.output) if args.output else runs[0].folder / "report.html"
     page = page / "report.html" if page.is_dir() else page
-    _name_apart(runs)
-    found = [(run, finding) for run in runs for finding in find(run)]
     try:
+        if args.follow:
+            runs = _follow(list(dict.fromkeys(args.out_dirs)), page, args.follow)
+        found = _found(runs)
         write_report(runs, found, page)
         tables = write_tables(runs, args.csv, args.md)
-    except ModuleNotFoundError as error:
-        _say([f"{error.name} is missing: pip install -r requirements.txt"])
-        return 1
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -97,6 +121,35 @@ def report(args: argparse.Namespace) -> int:
         print(f"{run.name}, step {finding.step:,}: {finding.title}")
     print(f"{page}, and the curves as {page.stem}-*.png beside it{tables}")
     return 0
+
+
+def _found(runs: list[Run]) -> list[tuple[Run, Finding]]:
+    """The findings of the runs, which have names of their own after it."""
+    _name_apart(runs)
+    return [(run, finding) for run in runs for finding in find(run)]
+
+
+def _page(runs: list[Run], seconds: int) -> str:
+    """The page of runs as they are; it is loaded again while one of them goes on."""
+    found = _found(runs)
+    again = seconds if any(run.is_going for run in runs) else 0
+    return html_page(runs, found, plots(runs), renewed_every=again)
+
+
+def _follow(folders: list[str], page: Path, seconds: int) -> list[Run]:
+    """Write the page until no run goes on; the runs as they are then."""
+    last: list[Run] = []
+
+    def write(runs: list[Run], is_going: bool) -> None:
+        if is_going:
+            if not last:
+                print(f"{page}, again every {seconds} s while a run goes on", flush=True)
+            page.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(page, _page(runs, seconds))
+        last[:] = runs
+
+    follow(folders, write, seconds)
+    return last
 
 
 def write_report(runs: list[Run], found: list[tuple[Run, Finding]], page: Path) -> None:

@@ -17,11 +17,16 @@ from typing import Any
 import numpy as np
 
 from pretrain.report.known import title
-from pretrain.report.runs import Run, column, number, task_results
+from pretrain.report.runs import Run, column, headline, number, task_results
 
 # Settings that differ between any two runs and tell nothing of them.
 OWN = ("out_dir", "resumed_from", "config", "resume", "git_revision", "git_changed", "data_dir")
-LEFT_OUT = ("versions.", "flags.wandb", "flags.tensorboard")
+# What follows from flags that differ, and would say it a second time.
+DERIVED = ("last_learning_rate", "max_tokens", "steps_per_epoch")
+LEFT_OUT = (
+    *("versions.", "memory.", "flags.async_save"),
+    *("flags.wandb", "flags.tensorboard", "flags.trackio"),
+)
 
 
 @dataclass
@@ -64,6 +69,13 @@ def speed(run: Run) -> float:
     return float(np.nanmedian(rates)) if np.isfinite(rates).any() else math.nan
 
 
+def so_far(run: Run, name: str) -> float:
+    """The last value of something that adds up; nan where there is none."""
+    values = column(run.train, name)
+    values = values[np.isfinite(values)]
+    return float(values[-1]) if len(values) else math.nan
+
+
 def _of_best(name: str) -> Callable[[Run], float]:
     return lambda run: number(best_evaluation(run).get(name))
 
@@ -71,7 +83,8 @@ def _of_best(name: str) -> Callable[[Run], float]:
 def _of_task(key: tuple[str, str]) -> Callable[[Run], float]:
     def last(run: Run) -> float:
         results = task_results(run).get(key)
-        return number(results[-1][1]["acc_norm"]) if results else math.nan
+        found = headline(results[-1][1]) if results else None
+        return found[1] if found else math.nan
 
     return last
 
@@ -90,6 +103,8 @@ def measures(runs: list[Run]) -> list[Measure]:
         ),
         Measure("tokens", tokens, ",.0f", None),
         Measure("tokens/s", speed, ",.0f", max),
+        Measure("dollars", lambda run: so_far(run, "dollars"), ",.2f", None),
+        Measure("kWh", lambda run: so_far(run, "kilowatt_hours"), ",.2f", None),
         Measure("seconds", lambda run: run.seconds_running, ",.0f", None),
     ]
     return [m for m in found if any(math.isfinite(m.of(run)) for run in runs)]
@@ -101,7 +116,7 @@ def differing(runs: list[Run]) -> list[str]:
     names = dict.fromkeys(name for run in runs for name in run.config)
     found = []
     for name in sorted(names, key=lambda name: not name.startswith("flags.")):
-        own = name.rsplit(".", 1)[-1] in OWN or name.startswith(LEFT_OUT)
+        own = name.rsplit(".", 1)[-1] in OWN + DERIVED or name.startswith(LEFT_OUT)
         values = {shown(run.config[name]) for run in runs if name in run.config}
         if not own and len(values) > 1:
             found.append(name)

@@ -1,8 +1,8 @@
-"""What the pictures of a report are made of: axes, curves, legends, and SVG or PNG bytes in the
+"""What the pictures of a report are made of: axes, lines, legends, and SVG or PNG bytes in the
 end.
 
 matplotlib is loaded by the first figure, draws without a display, and gives the same bytes for the
-same log.
+same log. What is drawn is kept as numbers too, for tables and for the page's script.
 """
 
 import io
@@ -11,8 +11,8 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -22,10 +22,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ("#2f80d0", "#e0762a", "#2f9e6b", "#c44f8f", "#8a6fd1", "#b08a1e", "#3aa5b8", "#d0504e")
+# Each at least 3:1 against a white and against a dark card, as WCAG 1.4.11 asks of graphics.
+COLORS = ("#2b7bcb", "#d2661a", "#25915f", "#c44f8f", "#8a6fd1", "#a07c10", "#2690a3", "#d0504e")
+# Lengths of strokes and gaps in widths of the line: for those who cannot tell the colours apart.
+# Eight colours and five dashes repeat together after 40 runs.
+DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.3, 1.5), (6, 1.7, 1.3, 1.7), (9, 2.5))
 INK, GRID = "#3d4450", "#d9dde3"  # on white
 DARK = {INK: "#c6ccd5", GRID: "#343a44"}  # what they become on a dark page
 POINTS = 600  # that a curve is drawn with at most: more than its pixels add nothing but bytes
+NARROW, WIDE = (5.4, 3.4), (10.8, 3.9)  # inches; narrow ones can be read on a phone
+STRONG, THIN = 1.8, 1.0  # widths of lines
 
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -52,12 +58,38 @@ STYLE: dict[Any, Any] = {
 }
 
 
+class Look(NamedTuple):
+    """How a line is told from others."""
+
+    color: str
+    dash: tuple[float, ...]
+
+
+@dataclass
+class Line:
+    """A line of a picture, as numbers. `faint`: behind another of the same numbers, smoothed."""
+
+    run: int  # place among the runs
+    kind: str  # training, validation, or the name of a source
+    look: Look
+    x: np.ndarray  # float64, finite
+    y: np.ndarray
+    faint: bool = False
+    errors: np.ndarray | None = None  # half the height of a band around it
+
+
 @dataclass
 class Plot:
     name: str  # within the PNG's: "loss" for report-loss.png
     title: str
     caption: str
     figure: "Figure"
+    lines: list[Line] = field(default_factory=list)
+    # horizontal lines: (label, y, whether the label stands on the left)
+    marks: list[tuple[str, float, bool]] = field(default_factory=list)
+    moments: list[float] = field(default_factory=list)  # vertical: x
+    best: str = ""  # "lowest" or "highest", where one end of y is what is wanted
+    is_wide: bool = False
 
 
 @contextmanager
@@ -78,9 +110,10 @@ def style() -> Iterator[None]:
         yield
 
 
-def to_svg(plot: Plot) -> str:
+def to_svg(plot: Plot, *, wide: bool = False, legend: bool = True) -> str:
     """A transparent SVG without dates, its identifiers made from its content."""
     buffer = io.StringIO()
+    _arrange(plot, WIDE if wide else NARROW, legend)
     with style():
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         plot.figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
@@ -99,6 +132,7 @@ def darkened(svg: str) -> str:
 def to_png(plot: Plot) -> bytes:
     """A PNG on white, 1,080 pixels wide."""
     buffer = io.BytesIO()
+    _arrange(plot, NARROW, legend=True)
     with style():
         plot.figure.savefig(
             buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None}
@@ -106,49 +140,83 @@ def to_png(plot: Plot) -> bytes:
     return buffer.getvalue()
 
 
-def new_axes() -> "Axes":
-    """Small enough that its text can be read on a phone."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(5.4, 3.4), layout="constrained").add_subplot()
-
-
-def whole(axes: "Axes") -> "Figure":
-    """The figure of new_axes."""
-    return cast("Figure", axes.figure)
+def _arrange(plot: Plot, size: tuple[float, float], legend: bool) -> None:
+    for one in plot.figure.legends:
+        one.set_visible(legend)
+        one.set_in_layout(legend)
+    plot.figure.set_size_inches(*size)
 
 
-def run_colors(runs: list[Run]) -> list[tuple[str, str, str]]:
-    """Per run (colour of training, colour of validation, line style of validation)."""
-    if len(runs) == 1:
-        return [(COLORS[0], COLORS[1], "-")]
-    colors = [COLORS[i % len(COLORS)] for i in range(len(runs))]
-    return [(color, color, "--") for color in colors]
+def looks(count: int) -> list[tuple[Look, Look]]:
+    """Per run how training and validation look: with one run they differ, with several the runs
+    do."""
+    found = [Look(COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]) for i in range(max(count, 2))]
+    return [(found[0], found[1])] if count == 1 else [(look, look) for look in found[:count]]
 
 
-def curve(
-    axes: "Axes", x: np.ndarray, y: np.ndarray, color: str, *, smoothed: bool = False
-) -> None:
-    """Draw one number per logged step; `smoothed`: faint, with the median of neighbours. nan: no
-    point."""
-    strong = smooth(y)
-    keep = np.isfinite(x) & np.isfinite(y)
-    x, y, strong = x[keep], y[keep], strong[keep]
-    if len(y) == 1:
-        axes.plot(x, y, "o", color=color, markersize=4)
-    elif len(y) and (not smoothed or smoothing_window(len(keep)) == 1):
-        axes.plot(*thin(x, y), color=color)
-    elif len(y):
-        axes.plot(*thin(x, y), color=color, alpha=0.3, linewidth=0.8)
-        axes.plot(*thin(x, strong), color=color)
+class Panel:
+    """A picture while it is drawn: all runs in one axes, and the same lines as numbers."""
 
+    def __init__(self, runs: list[Run]):
+        from matplotlib.figure import Figure
 
-def evaluations(axes: "Axes", x: np.ndarray, y: np.ndarray, color: str, line: str = "-") -> None:
-    """Draw one number per evaluation, with dots while there are few. nan: no point."""
-    keep = np.isfinite(x) & np.isfinite(y)
-    if keep.any():
-        marker = "o" if keep.sum() <= 40 else None
-        axes.plot(*thin(x[keep], y[keep]), line, color=color, marker=marker, markersize=3.5)
+        self.runs, self.looks = runs, looks(len(runs))
+        self.axes: Axes = Figure(figsize=NARROW, layout="constrained").add_subplot()
+        self.lines: list[Line] = []
+        self.marks: list[tuple[str, float, bool]] = []
+        self.moments: list[float] = []
+
+    @property
+    def figure(self) -> "Figure":
+        return cast("Figure", self.axes.figure)
+
+    def curve(self, run: int, x: np.ndarray, y: np.ndarray, *, smoothed: bool = False) -> None:
+        """One number per logged step; `smoothed`: faint, with the median of neighbours. nan: no
+        point."""
+        strong = smooth(y)
+        keep = np.isfinite(x) & np.isfinite(y)
+        x, y, strong = x[keep], y[keep], strong[keep]
+        if smoothed and smoothing_window(len(keep)) > 1:
+            self._add(Line(run, "training", self.looks[run][0], *thin(x, y), faint=True))
+            y = strong
+        # Several runs are told apart by their validation: training stays behind it.
+        width = THIN if len(self.runs) > 1 and smoothed else STRONG
+        self._add(Line(run, "training", self.looks[run][0], *thin(x, y)), width)
+
+    def evaluations(
+        self,
+        run: int,
+        x: np.ndarray,
+        y: np.ndarray,
+        errors: np.ndarray | None = None,
+        *,
+        kind: str = "validation",
+        look: Look | None = None,
+    ) -> None:
+        """One number per evaluation, with dots while there are few, in a band of `errors` up and
+        down. nan: no point. look: another than the run's."""
+        keep = np.isfinite(x) & np.isfinite(y)
+        x, y = x[keep], y[keep]
+        look = look or self.looks[run][1]
+        if errors is not None:
+            errors = errors[keep]
+            low, high = y - errors, y + errors
+            self.axes.fill_between(x, low, high, color=look.color, alpha=0.18, linewidth=0)
+            self._add(Line(run, kind, look, x, y, errors=errors), dots=True)
+        else:
+            self._add(Line(run, kind, look, *thin(x, y)), dots=True)
+
+    def _add(self, line: Line, width: float = STRONG, *, dots: bool = False) -> None:
+        if not len(line.x):
+            return
+        self.lines.append(line)
+        few = len(line.x) == 1 or (dots and len(line.x) <= 40)
+        look: dict[str, Any] = {"linewidth": width, "marker": "o" if few else None}
+        if line.faint:
+            look = {"alpha": 0.25, "linewidth": 0.7}
+        elif line.look.dash:
+            look["linestyle"] = (0, line.look.dash)
+        self.axes.plot(line.x, line.y, color=line.look.color, markersize=3.5, **look)
 
 
 def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -202,26 +270,30 @@ def plain_log_ticks(axes: "Axes") -> None:
     axes.tick_params(which="minor", length=0)
 
 
-def legend(axes: "Axes", runs: list[Run], kinds: tuple[dict, ...] = ()) -> None:
-    """Above the axes: the runs by colour where there are several, and the kinds of lines."""
+def legend(panel: Panel, kinds: tuple[dict, ...] = (), *, named: bool = True) -> None:
+    """Above the axes: the runs where there are several and they are `named`, and the kinds of
+    lines."""
     from matplotlib.lines import Line2D
 
-    named = zip(runs if len(runs) > 1 else (), run_colors(runs), strict=False)
+    shown = panel.runs if named and len(panel.runs) > 1 else ()
     # A label that begins with an underscore would be left out.
-    entries = [{"label": f" {run.name}"[:40], "color": color} for run, (color, _, _) in named]
+    entries = [
+        {"label": f" {run.name}"[:40], "color": color, "linestyle": (0, dash) if dash else "-"}
+        for run, (_, (color, dash)) in zip(shown, panel.looks, strict=False)
+    ]
     handles = [Line2D([], [], **entry) for entry in (*entries, *kinds)]
     if handles:
-        axes.figure.legend(handles=handles, loc="outside upper left", ncols=2)
+        panel.figure.legend(handles=handles, loc="outside upper left", ncols=2)
 
 
-def line_kinds(runs: list[Run]) -> tuple[dict, ...]:
+def line_kinds(panel: Panel) -> tuple[dict, ...]:
     """The legend's entries for training and validation."""
-    train, val, line = run_colors(runs)[0] if len(runs) == 1 else (INK, INK, "--")
-    marked = {
-        "label": "validation",
-        "color": val,
-        "linestyle": line,
-        "marker": "o",
-        "markersize": 3.5,
-    }
-    return {"label": "training", "color": train}, marked
+    several = len(panel.runs) > 1
+    train, val = (Look(INK, ()), Look(INK, ())) if several else panel.looks[0]
+    marked = {"marker": "o", "markersize": 3.5, "linewidth": STRONG}
+    if val.dash:
+        marked["linestyle"] = (0, val.dash)
+    return (
+        {"label": "training", "color": train.color, "linewidth": THIN if several else STRONG},
+        {"label": "validation", "color": val.color, **marked},
+    )

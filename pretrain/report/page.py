@@ -3,30 +3,36 @@ nothing.
 
     html_page(runs, found, pictures)
 
-Everything that comes from a log or a path is escaped; scripts are forbidden besides.
+Everything that comes from a log or a path is escaped. One script may run, page.js, known to the
+page's policy by its hash; without it the page shows the same pictures and numbers.
 """
 
 import base64
+import hashlib
 import json
 import math
-import re
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.report.compare import compare, seeds
-from pretrain.report.drawing import COLORS, Plot, compact_number, darkened, to_svg
-from pretrain.report.findings import MIN_POINTS, Finding
+from pretrain.report import values
+from pretrain.report.compare import compare, seeds, so_far
+from pretrain.report.drawing import Plot, compact_number, darkened, looks, to_svg
+from pretrain.report.findings import Finding
 from pretrain.report.known import title
-from pretrain.report.runs import Record, Run, column, number, smooth, task_results
+from pretrain.report.runlog import duration
+from pretrain.report.runs import Run, column, headline, number, smooth, task_results
+from pretrain.report.sections import configuration, findings, run_looks, samples, swatch, table
 
-# No script runs, nothing is loaded.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-SAMPLED_STEPS = 12  # that the page shows samples of, first and last among them
+# Nothing is loaded, and no script runs but the one of this hash.
+POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{hash}';"
+    " base-uri 'none'; form-action 'none'"
+)
+KINDS = ("training", "validation")
 
 
 class Figure(NamedTuple):
@@ -35,24 +41,29 @@ class Figure(NamedTuple):
     note: str = ""
 
 
-def html_page(runs: list[Run], found: list[tuple[Run, Finding]], pictures: list[Plot]) -> str:
+def html_page(
+    runs: list[Run],
+    found: list[tuple[Run, Finding]],
+    pictures: list[Plot],
+    *,
+    renewed_every: int = 0,
+) -> str:
     """The whole document; `found`: what findings.find says of each run; `pictures`: from
-    plots.plots."""
+    plots.plots. renewed_every: seconds after which a browser loads it again (0: never)."""
     names = ", ".join(escape(run.name) for run in runs)
     folders = ", ".join(escape(str(run.folder)) for run in runs)
-    css = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
-    last = max((number(run.records[-1].get("time")) for run in runs), default=math.nan)
-    as_of = ""
-    if math.isfinite(last):
-        as_of = f" · log until {datetime.fromtimestamp(last, UTC):%Y-%m-%d %H:%M} UTC"
-    curves = "".join(map(_picture, pictures)) or '<p class="soft">Nothing to draw yet.</p>'
+    css, script = (
+        Path(__file__).with_suffix(end).read_text(encoding="utf-8") for end in (".css", ".js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    renewal = f'<meta http-equiv="refresh" content="{renewed_every}">\n' if renewed_every else ""
     parts = [
-        f'<h1>Training report</h1><p class="soft names">{names}{as_of}</p>',
+        f'<h1>Training report</h1><p class="soft names">{names}{_as_of(runs)}</p>',
         _key_figures(runs[0]) if len(runs) == 1 else _comparison(runs),
-        f"<h2>What looks wrong</h2>{_findings(runs, found)}",
-        f'<h2>Curves</h2><div class="grid">{curves}</div>',
-        _samples(runs),
-        f"<h2>Configuration</h2>{_configuration(runs)}",
+        f"<h2>What looks wrong</h2>{findings(runs, found)}",
+        f"<h2>Curves</h2>{_curves(runs, pictures)}",
+        samples(runs),
+        f"<h2>Configuration</h2>{configuration(runs)}",
         f"<footer>Made by python -m pretrain.report from {folders}.</footer>",
     ]
     return f"""<!doctype html>
@@ -60,16 +71,34 @@ def html_page(runs: list[Run], found: list[tuple[Run, Finding]], pictures: list[
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>Training report: {names}</title>
+<meta http-equiv="Content-Security-Policy" content="{POLICY.format(hash=digest)}">
+{renewal}<title>Training report: {names}</title>
 <link rel="icon" href="data:,">
 <style>
 {css}</style>
 </head>
 <body><main>
-{"".join(f"<section>{part}</section>" + chr(10) for part in parts if part)}</main></body>
+{"".join(f"<section>{part}</section>" + chr(10) for part in parts if part)}</main>
+{_numbers(runs, pictures)}
+<script>{script}</script></body>
 </html>
 """
+
+
+def _as_of(runs: list[Run]) -> str:
+    last = max((number(run.records[-1].get("time")) for run in runs), default=math.nan)
+    if not math.isfinite(last):
+        return ""
+    return f" · log until {datetime.fromtimestamp(last, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _numbers(runs: list[Run], pictures: list[Plot]) -> str:
+    """What the script draws from, as data that no browser runs."""
+    data = values.for_script(pictures, [run.name for run in runs])
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    # Nothing in it can end the element, or begin a comment in it.
+    text = text.replace("<", "\\u003c")
+    return f'<script type="application/json" id="numbers">{text}</script>'
 
 
 def key_figures(run: Run) -> list[Figure]:
@@ -80,14 +109,20 @@ def key_figures(run: Run) -> list[Figure]:
     figures.append(Figure("Steps", done, f"of {last:,}" if last else ""))
     tokens = run.tokens_at(np.array([float(step)]))[0] if step is not None else math.nan
     figures.append(Figure("Tokens", compact_number(tokens) if math.isfinite(tokens) else "–"))
+    for name, part in run.sources.items():
+        val_loss, seen = number(part.get("val_loss")), number(part.get("tokens"))
+        note = f"{number(part.get('epochs')):.2f} epochs"
+        note += f"; validation loss {val_loss:.4f}" if math.isfinite(val_loss) else ""
+        value = f"{compact_number(seen)} tokens" if math.isfinite(seen) else "–"
+        figures.append(Figure(f"Source {name}", value, note))
     val = column(run.evals, "val_loss")
     if np.isfinite(val).any():
         best = int(np.nanargmin(np.where(np.isfinite(val), val, np.nan)))
         at = f"at step {run.evals[best]['step']:,}"
         figures.append(Figure("Best validation loss", f"{val[best]:.4f}", at))
         figures.append(Figure("Best perplexity", f"{math.exp(min(val[best], 700)):,.2f}", at))
-        if math.isfinite(bits := number(run.evals[best].get("bits_per_byte"))):
-            figures.append(Figure("Bits per byte", f"{bits:.4f}", at))
+        if math.isfinite(of_bytes := number(run.evals[best].get("bits_per_byte"))):
+            figures.append(Figure("Bits per byte", f"{of_bytes:.4f}", at))
     else:
         figures += [Figure("Best validation loss", "–"), Figure("Best perplexity", "–")]
     loss = smooth(run.loss)
@@ -97,36 +132,38 @@ def key_figures(run: Run) -> list[Figure]:
     )
     for (task, scoring), results in task_results(run).items():
         last_step, result = results[-1]
-        note = f"acc_norm at step {last_step:,}"
-        if math.isfinite(count := number(result.get("n"))):
-            note += f", {count:,.0f} examples"
-        figures.append(
-            Figure(f"{title(task)}, {scoring}", f"{100 * number(result['acc_norm']):.2f} %", note)
-        )
+        metric, accuracy = headline(result) or ("acc_norm", math.nan)
+        note = f"{metric} at step {last_step:,}"
+        if math.isfinite(examples := number(result.get("n"))):
+            note += f", {examples:,.0f} examples"
+        figures.append(Figure(f"{title(task)}, {scoring}", f"{100 * accuracy:.2f} %", note))
     rate = column(run.train, "tokens_per_second")
     share = column(run.train, "mfu")
     note = (
         f"median; MFU {100 * np.nanmedian(share):.1f} %" if np.isfinite(share).any() else "median"
     )
     figures.append(Figure("Time", duration(run.seconds_running), "with evaluations and saves"))
+    if saves := [record for record in run.records if record["event"] == "save"]:
+        pause = np.nansum(column(saves, "pause_seconds"))
+        figures.append(
+            Figure("Saves", f"{len(saves):,}", f"training waited {pause:,.1f} s for them")
+        )
     figures.append(
         Figure("Tokens/s", f"{np.nanmedian(rate):,.0f}" if np.isfinite(rate).any() else "–", note)
     )
+    return figures + _spent(run, tokens)
+
+
+def _spent(run: Run, tokens: float) -> list[Figure]:
+    """Dollars and energy so far, where the log has them."""
+    figures = []
+    dollars, energy = so_far(run, "dollars"), so_far(run, "kilowatt_hours")
+    if math.isfinite(dollars):
+        each = f"${dollars / tokens * 1e9:,.2f} a billion tokens" if tokens > 0 else ""
+        figures.append(Figure("Cost", f"${dollars:,.2f}", each))
+    if math.isfinite(energy):
+        figures.append(Figure("Energy", f"{energy:,.2f} kWh", "of the GPUs, as NVML counts"))
     return figures
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    for size, unit, small, small_unit in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit} {int(seconds % size // small)} {small_unit}"
-    raise AssertionError(seconds)
 
 
 def _resumed_note(run: Run) -> str:
@@ -145,140 +182,89 @@ def _key_figures(run: Run) -> str:
 
 def _comparison(runs: list[Run]) -> str:
     """What differs and how far each run came, the best first, its best values marked."""
-    table = compare(runs)
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.header)
+    compared = compare(runs)
     rows = []
-    for r, (run, row) in enumerate(zip(table.runs, table.rows, strict=True)):
-        color = COLORS[next(i for i, other in enumerate(runs) if other is run) % len(COLORS)]
-        cells = [
-            f'<th><span class="swatch" style="background:{color}"></span>{escape(row[0])}</th>'
-        ]
+    for r, (run, row) in enumerate(zip(compared.runs, compared.rows, strict=True)):
+        look = next(look for other, look in zip(runs, run_looks(runs), strict=True) if other is run)
+        cells = [f"<th>{swatch(look)}{escape(row[0])}</th>"]
         for c, cell in enumerate(row[1:], start=1):
-            marked = ' class="best"' if (r, c) in table.best else ""
-            cells.append(f"<td{marked}>{escape(cell) or '–'}</td>")
+            marked = ' class="best"' if (r, c) in compared.best else ""
+            name = escape(compared.header[c])
+            cells.append(f'<td{marked} data-of="{name}">{escape(cell) or "–"}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     spread = "".join(f'<p class="soft">{escape(line)}</p>' for line in seeds(runs))
-    return (
-        "<h2>What differs</h2>"
-        f'<div class="card scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>{spread}'
-    )
+    return f"<h2>What differs</h2>{table(compared.header, rows)}{spread}"
 
 
 def _words(value: str) -> str:
     return ' class="words"' if len(value) > 14 else ""
 
 
-def _names_row(runs: list[Run]) -> str:
-    swatches = (COLORS[i % len(COLORS)] for i in range(len(runs)))
-    names = (
-        f'<th><span class="swatch" style="background:{color}"></span>{escape(run.name)}</th>'
-        for run, color in zip(runs, swatches, strict=True)
-    )
-    return f"<tr><th></th>{''.join(names)}</tr>"
+def _curves(runs: list[Run], pictures: list[Plot]) -> str:
+    if not pictures:
+        return '<p class="soft">Nothing to draw yet.</p>'
+    names = [run.name for run in runs]
+    figures = "".join(_picture(plot, names) for plot in pictures)
+    return f'{_legend(runs)}<div class="grid">{figures}</div>'
 
 
-def _findings(runs: list[Run], found: list[tuple[Run, Finding]]) -> str:
-    cards = [
-        f'<div class="card finding"><h3>{escape(finding.title)}</h3>'
-        f'<p class="soft">{f"{escape(run.name)}, " if len(runs) > 1 else ""}'
-        f"step {finding.step:,}</p>"
-        f"<p>{_prose(finding.text)}</p><p><b>What to try:</b> {_prose(finding.advice)}</p></div>"
-        for run, finding in found
-    ]
-    if not cards:
-        cards = [
-            '<div class="card healthy"><p>Nothing. Looked for: loss or gradients not finite, '
-            "validation loss rising while training loss falls, loss spikes, loss rising, loss not "
-            "moving, gradient norm growing, throughput dropping.</p></div>"
+def _legend(runs: list[Run]) -> str:
+    """Which line is what, once for all pictures; the script makes switches of the entries."""
+    pairs = looks(len(runs))
+    if len(runs) == 1:
+        entries = [("training", "training", pairs[0][0]), ("validation", "validation", pairs[0][1])]
+    else:
+        entries = [
+            (str(i), run.name, look)
+            for i, (run, look) in enumerate(zip(runs, run_looks(runs), strict=True))
         ]
-    short = [run.name for run in runs if len(run.train) < MIN_POINTS]
-    if short:
-        names = f" in {escape(', '.join(short))}" if len(runs) > 1 else ""
-        cards.append(
-            f'<p class="soft">Fewer than {MIN_POINTS} logged steps{names}: too few to judge '
-            "trends.</p>"
+    shown = [
+        f'<span data-of="{of}">{swatch(look)}{escape(name)}</span>' for of, name, look in entries
+    ]
+    if len(runs) > 1:
+        shown += [
+            '<span data-of="training">thin: training</span>',
+            '<span data-of="validation">with dots: validation</span>',
+        ]
+    return f'<p class="legend" id="legend">{"".join(shown)}</p>'
+
+
+def _picture(plot: Plot, names: list[str]) -> str:
+    small = to_svg(plot, legend=False)
+    shown = to_svg(plot, legend=False, wide=True) if plot.is_wide else small
+    width, height = (1080, 390) if plot.is_wide else (540, 340)
+    dark, narrow = "screen and (prefers-color-scheme: dark)", "(max-width: 640px)"
+    sources = [(dark, darkened(shown))]
+    if plot.is_wide:  # its text would be too small on a phone
+        sources = [(f"{dark} and {narrow}", darkened(small)), (narrow, small), *sources]
+    others = "".join(f'<source media="{when}" srcset="{_data(svg)}">' for when, svg in sources)
+    header, rows = values.table(plot, names)
+    cells = [
+        f'<tr><th data-of="{escape(header[0])}">{row[0]}</th>'
+        + "".join(
+            f'<td data-of="{escape(name)}">{cell or "–"}</td>'
+            for name, cell in zip(header[1:], row[1:], strict=True)
         )
-    return "".join(cards)
-
-
-def _prose(text: str) -> str:
-    """Escaped, with the names of flags and files set as code, which also keeps them on one line."""
-    return re.sub(r"--[a-z][a-z0-9_]*|\b\w+\.(?:py|pt)\b", r"<code>\g<0></code>", escape(text))
-
-
-def _picture(plot: Plot) -> str:
-    svg = to_svg(plot)
-    light, dark = (base64.b64encode(image.encode()).decode() for image in (svg, darkened(svg)))
-    source = "data:image/svg+xml;base64,"
+        + "</tr>"
+        for row in rows
+    ]
     return (
-        f'<figure class="card"><h3>{escape(plot.title)}</h3><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{source}{dark}">'
-        f'<img alt="{escape(plot.title)}" width="540" height="340" src="{source}{light}"></picture>'
-        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+        f'<figure class="card{" wide" if plot.is_wide else ""}" id="plot-{escape(plot.name)}">'
+        f'<div class="head"><h3>{escape(plot.title)}</h3></div><picture>{others}'
+        f'<img alt="{escape(values.alt_text(plot, names))}" width="{width}" height="{height}"'
+        f' src="{_data(shown)}"></picture>'
+        f"{_sources(plot)}<figcaption>{escape(plot.caption)}</figcaption>"
+        f'<details class="numbers"><summary>Numbers</summary>{table(header, cells, "")}</details>'
+        "</figure>"
     )
 
 
-def _samples(runs: list[Run]) -> str:
-    blocks = []
-    for run in runs:
-        by_step: dict[int, list[Record]] = {}
-        for record in run.samples:
-            by_step.setdefault(record["step"], []).append(record)
-        if not by_step:
-            continue
-        steps = sorted(by_step)
-        shown = sorted(
-            {steps[round(i)] for i in np.linspace(0, len(steps) - 1, SAMPLED_STEPS)}, reverse=True
-        )
-        left_out = f"<p><small>{len(shown)} of {len(steps)} steps with samples.</small></p>"
-        blocks.append(
-            f'<div class="card">{f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""}'
-            + "".join(_sampled_step(step, by_step[step], opened=step == shown[0]) for step in shown)
-            + f"{left_out if len(shown) < len(steps) else ''}</div>"
-        )
-    return f'<h2>Samples</h2><div class="grid">{"".join(blocks)}</div>' if blocks else ""
+def _sources(plot: Plot) -> str:
+    """A legend of its own for a picture whose lines are of other kinds than all others'."""
+    kinds = {line.kind: line.look for line in plot.lines if line.kind not in KINDS}
+    shown = (f"<span>{swatch(look)}{escape(name)}</span>" for name, look in kinds.items())
+    return f'<p class="legend">{"".join(shown)}</p>' if kinds else ""
 
 
-def _sampled_step(step: int, records: list[Record], *, opened: bool) -> str:
-    texts = [pair for record in records for pair in _prompts_and_texts(record)]
-    body = "".join(
-        f'<p class="sample"><b>{escape(prompt)}</b>{escape(text)}</p>' for prompt, text in texts
-    )
-    first = " ".join(f"{texts[0][0]}{texts[0][1]}".split())[:90] if texts else ""
-    summary = f"<summary>Step {step:,} <small>{escape(first)}</small></summary>"
-    return f"<details{' open' if opened else ''}>{summary}{body}</details>"
-
-
-def _prompts_and_texts(record: Record) -> Iterator[tuple[str, str]]:
-    for text in record["texts"]:
-        yield record["prompt"], text.removeprefix(record["prompt"])
-
-
-def _configuration(runs: list[Run]) -> str:
-    keys = list(dict.fromkeys(key for run in runs for key in run.config))
-    if not keys:
-        return '<p class="soft">Not in the log yet.</p>'
-    groups: dict[str, list[str]] = {}
-    for key in sorted(keys, key=lambda key: not key.startswith("flags.")):
-        groups.setdefault(key.split(".")[0] if "." in key else "", []).append(key)
-    head = _names_row(runs) if len(runs) > 1 else ""
-    tables: list[str] = []
-    for group, names in groups.items():
-        rows = "".join(_setting_row(runs, name, group) for name in names)
-        opened = "" if tables else " open"
-        summary = f"<summary>{escape(group) or 'all else'}</summary>"
-        tables.append(
-            f'<details{opened}>{summary}<table class="settings">{head}{rows}</table></details>'
-        )
-    return f'<div class="card scroll">{"".join(tables)}</div>'
-
-
-def _setting_row(runs: list[Run], key: str, group: str) -> str:
-    values = [_setting(run.config[key]) if key in run.config else "" for run in runs]
-    differs = ' class="differs"' if len(set(values)) > 1 else ""
-    cells = "".join(f"<td>{escape(value)}</td>" for value in values)
-    return f"<tr{differs}><th>{escape(key.removeprefix(f'{group}.'))}</th>{cells}</tr>"
-
-
-def _setting(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _data(svg: str) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"

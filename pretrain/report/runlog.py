@@ -9,9 +9,14 @@ lines.
 One JSON object a line, appended, never rewritten. Events:
     start    a process began or resumed here: every flag, the data, the device
     train    one line per --log_interval: step, loss, learning_rate, grad_norm, tokens,
-    tokens_per_second, ...
+    tokens_per_second, ...; dollars and kilowatt_hours so far where they are known
     eval     train_loss, val_loss, perplexity, accuracy, bits_per_byte, and tasks: {name: {"n": ...,
-             "acc": ..., "acc_norm": ..., "style": ...}} for those that could be scored
+             "acc": ..., "acc_norm": ..., "style": ...}} for those that could be scored;
+             val_tokens where --val_tokens set them
+             Both have sources of a mixture: {name: {"tokens": ..., "epochs": ...}} that it was
+             trained on, in eval with its val_loss, train_loss, accuracy and bits_per_byte
+    save     a checkpoint is on the disk: step, file, bytes, pause_seconds that training waited for
+             it, write_seconds that it took; the line may come some steps later
     sample   prompt, and text: how the model continues it
     stop     why a run ended: finished, signal, not finite
 `step` counts the updates made so far; `tokens` the tokens they were made from. A run that was
@@ -32,9 +37,10 @@ from typing import Any
 
 from pretrain.report import schema
 from pretrain.report.known import title
-from pretrain.report.schema import tasks_of
 
 FILE_NAME = "metrics.jsonl"
+# Loss and accuracy by set of windows, and the summaries of tasks by their names.
+Measured = tuple[dict[str, dict[str, float]], dict[str, Any]]
 
 
 class RunLog:
@@ -184,8 +190,9 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
         evaluated = ", ".join(f"{count:,} windows of {split}" for split, count in windows.items())
         evaluated += f" every {flags['eval_interval']:,} updates"
     known = setup["unigram_entropy"]
+    means = "weighted mean of the sources' unigram" if "sources" in setup else "unigram"
     unigram = (
-        "" if known is None else f"; {known:.2f} nats a token by frequency alone (unigram entropy)"
+        "" if known is None else f"; {known:.2f} nats a token by frequency alone ({means} entropy)"
     )
     peak = (
         f"peak {setup['peak_flops'] / 1e12:,.0f} TFLOP/s"
@@ -196,20 +203,81 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
         [
             f"model       {setup['parameters'] / 1e6:,.1f}M parameters: {model['n_layer']} layers,"
             f" {model['n_head']} heads, width {model['n_embd']}, context {block_size}",
-            f"data        {flags['data_dir']}: {setup['train_tokens']:,} tokens in"
-            f" {setup['train_shards']} shard{'s' * (setup['train_shards'] != 1)}{unigram}",
+            *_data_lines(setup, unigram),
             f"batch       {setup['tokens_per_step']:,} tokens: {flags['batch_size']} sequences x "
             f"{block_size}"
             f" x {setup['micro_steps']} micro-steps x {setup['processes']} process(es)",
             f"schedule    {flags['max_iters']:,} updates, {setup['max_tokens']:,} tokens, "
             f"{epochs:.2f}"
-            f" epochs; learning rate {setup['last_learning_rate']:.1e} at the end",
+            f" epochs{' of all sources together' * ('sources' in setup)};"
+            f" learning rate {setup['last_learning_rate']:.1e} at the end",
             f"evaluation  {evaluated}",
             f"device      {setup['device']}, {setup['dtype']}{', compiled' * setup['compiled']}, "
             f"{peak}",
+            f"memory      {_memory(setup['memory'], setup['processes'])}",
             f"output      {flags['out_dir']}: {origin}",
         ]
     )
+
+
+def _data_lines(setup: dict[str, Any], unigram: str) -> list[str]:
+    tokens, shards = setup["train_tokens"], setup["train_shards"]
+    sources = setup.get("sources") or {}
+    where = f"{len(sources)} sources" if sources else setup["flags"]["data_dir"]
+    lines = [
+        f"data        {where}: {tokens:,} tokens in {shards} shard{'s' * (shards != 1)}{unigram}"
+    ]
+    width = max(map(len, sources), default=0)
+    for name, source in sources.items():
+        later = "".join(
+            f", {share:.4g} from step {step:,}" for step, share in source["shares_later"].items()
+        )
+        lines.append(
+            f"            {name:{width}s}  {source['share']:.4g} of each batch{later}:"
+            f" {source['folder']}, {source['tokens']:,} tokens, {source['epochs']:.2f} epochs at"
+            " the end"
+        )
+    return lines
+
+
+def eval_values(
+    measured: Measured, progress: dict[str, dict[str, float]], *, is_counted: bool
+) -> dict[str, Any]:
+    """The values of an "eval" record. measured: scores of "val" and "train", and in a mixture of
+    "val/web" and so on; progress: {source: {"tokens", "epochs"}} of a mixture; is_counted: whether
+    --val_tokens set how many tokens were scored, which is then told."""
+    scores, tasks = measured
+    val, names = scores["val"], ("accuracy", "bits_per_byte")
+    values: dict[str, Any] = {
+        "train_loss": scores["train"]["loss"],
+        "val_loss": val["loss"],
+        "perplexity": perplexity(val["loss"]),
+        **{name: val[name] for name in names if name in val},
+    }
+    if is_counted:
+        values["val_tokens"] = val["tokens"]
+    if tasks:
+        values["tasks"] = tasks
+    if progress:
+        values["sources"] = {
+            source: {
+                "val_loss": scores[f"val/{source}"]["loss"],
+                "train_loss": scores[f"train/{source}"]["loss"],
+                **{n: scores[f"val/{source}"][n] for n in names if n in scores[f"val/{source}"]},
+                **done,
+            }
+            for source, done in progress.items()
+        }
+    return values
+
+
+def _memory(parts: dict[str, int], processes: int) -> str:
+    """Bytes by what they are for, and their "total", as a line: those that count in GB."""
+    total = parts["total"]
+    size = f"{total / 1e9:.1f} GB" if total >= 1e9 else f"{total / 1e6:.0f} MB"
+    listed = [f"{k} {v / 1e9:.1f}" for k, v in parts.items() if k != "total" and v >= 5e7]
+    detail = f": {', '.join(listed)}" if listed and total >= 1e9 else ""
+    return f"at least {size}{' in each process' * (processes > 1)}{detail}"
 
 
 def perplexity(loss: float) -> float:
@@ -246,51 +314,18 @@ def contexts_cut(result: dict[str, Any]) -> str:
     return f"{result['truncated']:,} endings had their context cut to fit into the model"
 
 
-def train_line(record: dict[str, Any], max_iters: int) -> str:
-    """The console's line of a "train" record.
-
-    step   1000/600000 | loss  6.1234 | lr 3.00e-04 | norm   0.91 |   123,457 tok/s |    265.4 ms |
-    12.3 GB
-
-    with "mfu 41.2%" before the memory where the device's peak is known.
-    """
-    parts = [
-        _step(record, max_iters),
-        f"loss {record['loss']:7.4f}",
-        f"lr {record['learning_rate']:.2e}",
-        f"norm {record['grad_norm']:6.2f}",
-        f"{record['tokens_per_second']:9,.0f} tok/s",
-        f"{record['milliseconds_per_step']:8.1f} ms",
-    ]
-    if record.get("mfu") is not None:
-        parts.append(f"mfu {record['mfu']:5.1%}")
-    return " | ".join([*parts, f"{record['memory_bytes'] / 1e9:5.1f} GB"])
-
-
-def eval_line(record: dict[str, Any], max_iters: int) -> str:
-    """The console's line of an "eval" record.
-
-    step   2000/600000 | val loss  3.2912 | train loss  3.2544 | ppl    26.87 | accuracy 38.1%
-
-    with "hellaswag 29.5% (10042)", acc_norm and the number of examples, for each task that there
-    is, and how many contexts were cut to fit into the model.
-    """
-    parts = [
-        _step(record, max_iters),
-        f"val loss {record['val_loss']:7.4f}",
-        f"train loss {record['train_loss']:7.4f}",
-        f"ppl {schema.number(record['perplexity']):8.2f}",
-        f"accuracy {record['accuracy']:5.1%}",
-    ]
-    for name, result in tasks_of(record).items():
-        cut = f", {result['truncated']} contexts cut" if result.get("truncated") else ""
-        parts.append(f"{name} {result['acc_norm']:5.1%} ({result['n']}{cut})")
-    return " | ".join(parts)
-
-
-def _step(record: dict[str, Any], max_iters: int) -> str:
-    width = len(str(max_iters))
-    return f"step {record['step']:{width}d}/{max_iters}"
+def duration(seconds: float) -> str:
+    """12 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    for size, unit, small, small_unit in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} {int(seconds % size // small)} {small_unit}"
+    raise AssertionError(seconds)
 
 
 def _plain(value: Any) -> Any:

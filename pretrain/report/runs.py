@@ -10,7 +10,7 @@ evaluation. Fields and events that are not known here are passed over.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = ["Record", "Run", "RunError", "column", "number", "smooth", "task_resu
 # Without a new line a run is only called dead after this, and 5 times its longest silence.
 QUIET_SECONDS = 600.0
 LOCK = ".lock"  # train_gpt2.py holds it while it runs
+HARNESS = "lm_eval.jsonl"  # what adapters/lm_eval.py found, in "eval" lines as those of the log
 
 
 class RunError(UserError):
@@ -43,6 +44,7 @@ class Run:
     evals: list[Record]
     samples: list[Record]
     config: dict[str, Any]  # flat, "model.n_layer": 12; from config.json, else from the last start
+    harness: list[Record] = field(default_factory=list)  # by step, from HARNESS
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
@@ -73,6 +75,7 @@ class Run:
             evals=last_per_step(valid, "eval"),
             samples=[record for record in valid if record.get("event") == "sample"],
             config=_config(folder, records),
+            harness=harness_records(folder),
         )
 
     @property
@@ -100,6 +103,15 @@ class Run:
     def resumed_at(self) -> list[float]:
         """Steps at which a later process took over; nan where its line does not say."""
         return [number(record.get("step")) for record in self.starts[1:]]
+
+    @property
+    def sources(self) -> dict[str, Record]:
+        """Of a mixture: {source: the last numbers of it, tokens, epochs and losses}."""
+        found: dict[str, Record] = {}
+        for record in (*self.evals[-1:], *self.train[-1:]):
+            for name, part in record.get("sources", {}).items():
+                found[name] = found.get(name, {}) | part
+        return found
 
     @property
     def last_step(self) -> int | None:
@@ -151,6 +163,10 @@ class Run:
         return f"still going{resumed}"
 
     @property
+    def is_going(self) -> bool:
+        return self.status().startswith("still going")
+
+    @property
     def stop(self) -> Record | None:
         return self.records[-1] if self.records[-1].get("event") == "stop" else None
 
@@ -196,15 +212,40 @@ def smoothing_window(n: int) -> int:
 
 
 def task_results(run: Run) -> dict[tuple[str, str], list[tuple[int, Record]]]:
-    """{(task, style): [(step, {"acc_norm": ..., "n": ...}), ...]} from the evaluations."""
+    """{(task, style): [(step, {"acc_norm": ..., "n": ...}), ...]} from the evaluations, and from
+    what EleutherAI's harness found afterwards."""
     found: dict[tuple[str, str], list[tuple[int, Record]]] = {}
-    for record in run.evals:
+    for record in (*run.evals, *run.harness):
         for name, result in record.get("tasks", {}).items():
-            if math.isfinite(number(result.get("acc_norm"))):
+            if headline(result):
                 task = name.removesuffix(f":{result.get('style')}")  # of logs with several styles
                 key = task, str(result.get("style", "completion"))
                 found.setdefault(key, []).append((record["step"], result))
     return found
+
+
+def headline(result: Record) -> tuple[str, float] | None:
+    """The metric by which a task is shown, and its value: acc_norm, or acc where the task has no
+    other."""
+    for name in ("acc_norm", "acc"):
+        if math.isfinite(value := number(result.get(name))):
+            return name, value
+    return None
+
+
+def harness_records(folder: str | Path) -> list[Record]:
+    """What HARNESS in a run's folder holds, by step; nothing where there is none."""
+    path = Path(folder) / HARNESS
+    try:
+        found = [clean(line) for line in read_log(path)] if is_regular(path) else []
+    except (OSError, ValueError):
+        return []
+    # A task that was asked again is there twice: the later line wins.
+    steps: dict[int, dict[str, Any]] = {}
+    for record in found:
+        if record and "step" in record:
+            steps.setdefault(record["step"], {}).update(record.get("tasks", {}))
+    return [{"event": "eval", "step": step, "tasks": steps[step]} for step in sorted(steps)]
 
 
 def _step(record: Record) -> float:

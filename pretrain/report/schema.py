@@ -67,6 +67,10 @@ def clean(record: Any) -> Record | None:
         kept |= _numbers(rest)
         if tasks := tasks_of(rest):
             kept["tasks"] = tasks
+        if sources := _by_name(rest.get("sources")):
+            kept["sources"] = sources
+    elif event == "save":
+        kept |= _numbers(rest)
     elif event == "sample":
         kept["prompt"] = text(rest.get("prompt") or "")
         texts = rest.get("text", rest.get("texts", ""))
@@ -106,6 +110,12 @@ def tasks_of(record: Record) -> dict[str, Record]:
         if isinstance(result, dict):
             found[text(name)] = _summary(result)
     return {name: result for name, result in found.items() if result}
+
+
+def _by_name(value: Any) -> dict[str, Record]:
+    """{source: its numbers} of a mixture."""
+    found = value.items() if isinstance(value, dict) else ()
+    return {text(name): _summary(part) for name, part in found if isinstance(part, dict)}
 
 
 def _summary(result: Record) -> Record:

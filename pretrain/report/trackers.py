@@ -1,23 +1,25 @@
-"""The metrics of a run in TensorBoard and Weights & Biases: what metrics.jsonl gets, under the same
-names.
+"""The metrics of a run in TensorBoard, Weights & Biases and trackio: what metrics.jsonl gets, under
+the same names.
 
     log.follow(TensorBoard(out_dir, step=0))       # train/loss, train/learning_rate, eval/val_loss,
     ...
 
-Neither package is needed by anything else; `missing` says what to install.
+No package of them is needed by anything else; `missing` says what to install.
 """
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError, first_line
 from pretrain.report.runlog import read_log
 
-PACKAGES = ("tensorboard", "wandb")
+PACKAGES = ("tensorboard", "wandb", "trackio")
 
 
 class TrackerError(UserError):
@@ -108,16 +110,53 @@ class WandB:
         self.run.finish()
 
 
+class Trackio:
+    """A run of trackio, Hugging Face's local-first tracker: a database in ~/.cache/huggingface or
+    where TRACKIO_DIR says, shown by `trackio show`. TRACKIO_PROJECT names the project; one that
+    resumes goes on in the same run."""
+
+    def __init__(self, out_dir: str | Path, *, config: dict[str, Any], started: float):
+        """started: as for WandB."""
+        import trackio
+
+        out_dir = Path(out_dir).resolve()
+        tail = hashlib.sha256(f"{out_dir} {started}".encode()).hexdigest()[:6]
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # how to open it, at length
+                self.run = trackio.init(
+                    project=os.environ.get("TRACKIO_PROJECT", "gpt2"),
+                    name=f"{out_dir.name}-{tail}",
+                    config=config,
+                    resume="allow",
+                    embed=False,
+                    auto_log_gpu=False,
+                    auto_log_cpu=False,
+                )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise TrackerError(f"--trackio: {first_line(error)}") from None
+
+    def write(self, record: dict[str, Any]) -> None:
+        values: dict[str, Any] = numbers(record)
+        if record["event"] == "sample":
+            values = {"sample": record["prompt"] + record["text"]}
+        if values:
+            self.run.log(values, step=record["step"])
+
+    def close(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.run.finish()
+
+
 def open_trackers(
-    tensorboard: bool, wandb: bool, log_path: Path, step: int, config: dict[str, Any]
-) -> list[TensorBoard | WandB]:
-    """Those that are wanted, for the run whose metrics.jsonl, with a "start" record, is at
-    log_path."""
-    trackers: list[TensorBoard | WandB] = []
-    if tensorboard:
+    wanted: Collection[str], log_path: Path, step: int, config: dict[str, Any]
+) -> list[TensorBoard | WandB | Trackio]:
+    """Those of PACKAGES that are wanted, for the run whose metrics.jsonl, with a "start" record, is
+    at log_path."""
+    trackers: list[TensorBoard | WandB | Trackio] = []
+    if "tensorboard" in wanted:
         trackers.append(TensorBoard(log_path.parent, step=step))
-    if wandb:
-        trackers.append(
-            WandB(log_path.parent, config=config, started=read_log(log_path)[0]["time"])
-        )
+    for name, tracker in (("wandb", WandB), ("trackio", Trackio)):
+        if name in wanted:
+            started = read_log(log_path)[0]["time"]
+            trackers.append(tracker(log_path.parent, config=config, started=started))
     return trackers

@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import first_line, reason
-from pretrain.text import folders, foreign
+from pretrain.text import addresses, folders, foreign
 from pretrain.text.readers import READABLE, format_of, reader_of
 from pretrain.text.source import (
     UNREADABLE_FILE,
@@ -76,9 +76,14 @@ HASHED_BYTES = 1 << 30  # of a source: so much is hashed whole, a second's work
 
 
 def local_source(
-    paths: Sequence[str | os.PathLike], *, text_column: str = "text", on_bad_document: str = "stop"
+    paths: Sequence[str | os.PathLike],
+    *,
+    text_column: str = "text",
+    on_bad_document: str = "stop",
+    patience: Patience | None = None,
 ) -> Source:
-    """Files, folders and glob patterns (with ** for any depth), in the order given, each file once.
+    """Files, folders and glob patterns (with ** for any depth), in the order given, each file once;
+    on this machine, or at addresses of object stores, of servers and of datasets on the Hub.
 
     A folder stands for all .parquet, .jsonl and .txt files below it (plain .json only where it is
     named: folders have many that are no documents) in the order of their relative paths, links
@@ -88,8 +93,14 @@ def local_source(
     """
     files: dict[str, File] = {}  # by real path
     edges: dict[str, str | None] = {}
-    for given in paths:
-        for found in folders.find(os.fspath(given)):
+    patience = patience or Patience()
+    given_paths = [str(os.fspath(path)) for path in paths]
+    elsewhere = addresses.find_all(given_paths, patience)
+    for given in given_paths:
+        if given in elsewhere:
+            files |= {str(file.url): file for file in elsewhere[given]}
+            continue
+        for found in folders.find(given):
             file, edge = _local_file(found)
             if file.problem and on_bad_document == "stop":
                 raise SourceError(f"{file.path}: {file.problem} {LEAVE_OUT_FILES}")
@@ -102,13 +113,18 @@ def local_source(
     described: list[dict[str, Any]] = []
     left = HASHED_BYTES
     for file in files.values():
+        if file.url:
+            described.append({"path": file.path, "size": file.size, "tag": file.tag})
+            continue
         entry = {"path": file.path, "size": file.size, "edges_sha256": edges[file.path]}
         described.append(entry | {"mtime_ns": file.mtime_ns})
         left -= file.size
         if left >= 0 and not file.problem:
             described[-1]["sha256"] = _sha256(file)
-    description = {"kind": "local", "text_column": text_column, "files": described}
-    return Source(folders.name_of(paths), tuple(files.values()), text_column, description)
+    kind = "stored" if any(file.url for file in files.values()) else "local"
+    description = {"kind": kind, "text_column": text_column, "files": described}
+    name = folders.name_of(paths)
+    return Source(name, tuple(files.values()), text_column, description, patience)
 
 
 def _local_file(found: folders.Found) -> tuple[File, str | None]:
@@ -151,7 +167,9 @@ def changed_files(recorded: Sequence[dict], source: Source) -> list[str]:
         return [f"{len(recorded)} files then, {len(here)} now"]
     problems = []
     for file, before, now in zip(source.files, recorded, here, strict=True):
-        if file.url:
+        if file.tag:  # where it lies may change, too
+            same = all(before.get(key) == now[key] for key in ("size", "tag"))
+        elif file.url:
             same = before == now
         else:
             same = all(before.get(key) == now[key] for key in ("size", "edges_sha256"))
@@ -274,7 +292,7 @@ def read_unit(
             raise UnreadableFile(f"{file.path}: {file.problem}")
         with open_file(file, source.patience) as stored:
             yield from read_open_file(source, unit, stored, skip_rows=skip_rows, report=report)
-        check_unchanged(file)
+        check_unchanged(file, patience=source.patience)
     except UnreadableFile as error:
         if on_bad_document == "stop":
             raise UnreadableFile(f"{error} {LEAVE_OUT_FILES}") from None

@@ -2,7 +2,7 @@
 
     fetch(url, Path("data/hellaswag/hellaswag_val.jsonl"), size=12_246_618, sha256="0aa3b88843...")
 
-Faults of the network are retried as pretrain/text/remote.py has it; a body that was cut is asked
+Faults of the network are retried as pretrain/text/ranges.py has it; a body that was cut is asked
 for anew.
 """
 
@@ -14,7 +14,8 @@ from typing import IO
 
 from pretrain import files
 from pretrain.errors import UserError, without_credentials
-from pretrain.text.remote import BLOCK, Fault, Waiting, attempt, cause
+from pretrain.text.ranges import BLOCK, Fault, Waiting, cause
+from pretrain.text.remote import attempt
 from pretrain.text.source import Patience, SourceError
 
 PATIENCE = Patience(give_up_seconds=30, rate_limit_seconds=120)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.text import addresses
 from pretrain.text.readers import NAMED_ONLY, READABLE, format_of
 from pretrain.text.source import SourceError
 
@@ -172,8 +173,12 @@ def _matches(base: Path, parts: tuple[str, ...]) -> Iterator[Found]:
 def name_of(paths: Iterable[str | os.PathLike]) -> str:
     """What a source is called: the one file's or folder's name, the folder's of a pattern; of
     several, the first."""
-    path = Path(os.fspath(next(iter(paths))))
+    first = os.fspath(next(iter(paths)))
+    path = Path(first)
     while glob.has_magic(path.name) and not os.path.lexists(path):
         path = path.parent
-    name = path.name.split(".")[0] if path.is_file() else path.resolve().name
+    if addresses.is_address(first):
+        name = addresses.name_of(first)
+    else:
+        name = path.name.split(".")[0] if path.is_file() else path.resolve().name
     return re.sub(r"[^\w.-]+", "-", name).strip("-._") or "documents"

@@ -1,10 +1,12 @@
 """Which files a dataset on the Hugging Face Hub consists of.
 
-What a configuration and a split mean is for `datasets` to say. But today's clients die of one HTTP
-503 and hang for minutes when the Hub is gone, so `datasets` is not let onto the network: it is
-shown a folder that has the repository's dataset card, and its other files as empty ones, and is
-asked which of them it would read. The requests behind that folder are our own, and patient (see
-pretrain.text.remote).
+What a configuration and a split mean is for `datasets` to say. But its client is not patient: of
+huggingface_hub 2.4 the question for a repository ends with one HTTP 503, listings and ranges with
+six faults in 23 seconds whatever comes between them, a body that was cut is begun anew, and every
+range asks for its redirect again. So `datasets` is not let onto the network: it is shown a folder
+that has the repository's dataset card, and its other files as empty ones, and is asked which of
+them it would read. The requests behind that folder are our own, and patient (see
+pretrain.text.ranges).
 """
 
 import contextlib
@@ -22,7 +24,8 @@ from urllib.parse import quote, urlsplit
 
 from pretrain.errors import UserError
 from pretrain.flags import load_yaml
-from pretrain.text.remote import LOGIN, Fault, Refused, Waiting, attempt, cause, hub_token
+from pretrain.text.ranges import Fault, Waiting, cause
+from pretrain.text.remote import LOGIN, Refused, attempt, hub_token
 from pretrain.text.source import Patience, SourceError
 
 CARD, STANDALONE_CARD = "README.md", ".huggingface.yaml"  # the latter takes precedence
@@ -55,15 +58,7 @@ def resolve(
     Raises SourceError that says what is wrong: no such dataset, revision, configuration or split,
     no permission, no Hub for longer than `patience`.
     """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        way_out = "unset it, or read files on this machine with --source"
-        raise SourceError(f"dataset {dataset}: HF_HUB_OFFLINE is set; {way_out}")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
-        known = "such as HuggingFaceFW/fineweb-edu; for files on this machine use --source"
-        raise SourceError(f"{dataset!r} is not the name of a dataset on the Hub, {known}")
-    repo = Repository(constants.ENDPOINT.rstrip("/"), dataset, revision, patience)
+    repo = open_repository(dataset, revision, patience)
     cards = {CARD: _front_matter(repo.text(CARD)), STANDALONE_CARD: repo.text(STANDALONE_CARD)}
     try:
         cards = {path: _plain_card(text) for path, text in cards.items()}
@@ -82,6 +77,19 @@ def resolve(
         for path in paths
     ]
     return HubDataset(repo.commit, config_name, files)
+
+
+def open_repository(dataset: str, revision: str, patience: Patience) -> "Repository":
+    """A dataset's repository at the commit of `revision`. Raises SourceError."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        way_out = "unset it, or read files on this machine with --source"
+        raise SourceError(f"dataset {dataset}: HF_HUB_OFFLINE is set; {way_out}")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
+        known = "such as HuggingFaceFW/fineweb-edu; for files on this machine use --source"
+        raise SourceError(f"{dataset!r} is not the name of a dataset on the Hub, {known}")
+    return Repository(constants.ENDPOINT.rstrip("/"), dataset, revision, patience)
 
 
 class Repository:
@@ -119,11 +127,12 @@ class Repository:
                 raise
             return ""
 
-    def tree(self, folder: str) -> list[dict]:
-        """All files below a folder of the repository: {"path", "size", "lfs": {"oid"}, ...}."""
+    def tree(self, folder: str, is_recursive: bool = True) -> list[dict]:
+        """All files below a folder of the repository, or those in it: {"path", "size", "lfs":
+        {"oid"}, ...}."""
         base = f"{self.endpoint}/api/datasets/{self.dataset}/tree/{self.commit}/{quote(folder)}"
         base = base.rstrip("/")
-        query: str = "recursive=true"
+        query: str = f"recursive={str(is_recursive).lower()}"
         entries: list[dict] = []
         while query:
             try:

@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 Report = Callable[[int, int | None, str], None]
 
 
+# Schemes of object stores, and the package that reads each, which fsspec imports.
+DRIVERS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+}
 UNREADABLE_FILE = "unreadable file"  # the reason in Batch.skipped for a file left out as a whole
 
 
@@ -55,17 +65,20 @@ class Patience:
 
 @dataclass(frozen=True)
 class File:
-    """One file of a source: on this machine, or on the Hub, then `url` is set and `path` is within
-    its repository. With `problem` it is a place where documents were looked for in vain (a folder
-    that cannot be opened, a link to nothing): reading it raises UnreadableFile."""
+    """One file of a source: on this machine, or elsewhere, then `url` is set. `path` is within the
+    repository of a dataset, else the address without secrets. With `problem` it is a place where
+    documents were looked for in vain (a folder that cannot be opened, a link to nothing): reading
+    it raises UnreadableFile."""
 
     path: str
     size: int  # bytes, as stored
     kind: str  # "parquet", "jsonl" or "txt"
     compression: str | None = None  # None, "gzip" or "zstd"
-    url: str | None = field(default=None, repr=False)  # HF_ENDPOINT can hold a password
+    url: str | None = field(default=None, repr=False)  # an address can hold a password
     mtime_ns: int | None = None  # modification time of a local file when the source was made
     problem: str | None = None  # why nothing of it can be read
+    # what changes when the content at an address does, "" where that is not told
+    tag: str | None = None
 
 
 @dataclass(frozen=True)

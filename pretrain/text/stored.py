@@ -13,7 +13,7 @@ import stat
 import zlib
 from typing import Any
 
-from pretrain.text.source import File, Patience, SourceError
+from pretrain.text.source import DRIVERS, File, Patience, SourceError
 
 CHUNK = 1 << 16  # stored bytes of a .gz file that are decompressed at a time
 LARGEST_FREELY = 1 << 24  # bytes that a file may inflate to, however small it is
@@ -24,21 +24,38 @@ HEAD = 1 << 10  # bytes from which foreign files are recognized
 def open_file(file: File, patience: Patience) -> Any:
     """The stored bytes, for reading and seeking, by this code and by pyarrow. Raises
     SourceError."""
+    check_unchanged(file, "since the run began", patience)
     if file.url:
-        from pretrain.text.remote import RemoteFile
-
-        return RemoteFile(file.url, file.size, patience)
-    check_unchanged(file, "since the run began")
+        return _open_elsewhere(file, file.url, patience)
     try:
         return open(file.path, "rb", buffering=0)
     except OSError as error:
         raise SourceError(f"{file.path}: {error.strerror or error}") from None
 
 
-def check_unchanged(file: File, when: str = "while it was read") -> None:
-    """Raise SourceError if a local file is not as it was when the source was made: documents of
-    two versions would mix."""
+def _open_elsewhere(file: File, url: str, patience: Patience) -> Any:
+    from pretrain.text import remote, stores
+
+    if is_stored(url):
+        return stores.StoreFile(url, file.size, patience)
+    if file.path.startswith("http"):  # a server's answers have the tag, the Hub's a commit
+        return remote.RemoteFile(url, file.size, patience, file.tag, remote.is_hub(url))
+    return remote.RemoteFile(url, file.size, patience)
+
+
+def is_stored(url: str | None) -> bool:
+    """Whether an address is of an object store."""
+    return (url or "").partition("://")[0] in DRIVERS
+
+
+def check_unchanged(
+    file: File, when: str = "while it was read", patience: Patience | None = None
+) -> None:
+    """Raise SourceError if a file on this machine or in a store is not as it was when the source
+    was made: documents of two versions would mix."""
     if file.url:
+        if is_stored(file.url):
+            _check_object(file, when, patience)
         return
     try:
         now = os.stat(file.path)
@@ -50,6 +67,14 @@ def check_unchanged(file: File, when: str = "while it was read") -> None:
         what = f"has {now.st_size} bytes, and had {file.size} when the run began"
         raise SourceError(f"{file.path}: changed its size {when} ({what}); start again")
     if file.mtime_ns is not None and now.st_mtime_ns != file.mtime_ns:
+        raise SourceError(f"{file.path}: was written to {when}; start again")
+
+
+def _check_object(file: File, when: str, patience: Patience | None) -> None:
+    from pretrain.text.stores import look
+
+    now = look(file.path, patience)
+    if (now.size, now.tag or "") != (file.size, file.tag):
         raise SourceError(f"{file.path}: was written to {when}; start again")
 
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from pretrain.text import arrow
 from pretrain.text.documents import Position, Source, SourceError, Unit, plan_units
+from pretrain.tokens.destination import Destination
 from pretrain.tokens.estimate import estimate
 from pretrain.tokens.folder import (
     BuildRefused,
-    damaged_shards,
     prepare_folder,
     refuse_changes,
     refuse_differences,
@@ -114,6 +114,7 @@ class Work:
     unit_bytes: int = UNIT_BYTES
     on_bad_document: str = "stop"
     progress: Callbacks = field(default_factory=Callbacks)
+    destination: Destination = field(default_factory=Destination)
 
     def count_tokens(self, texts) -> int:
         """About how many tokens an Arrow array of documents has, from the first of them."""
@@ -178,7 +179,8 @@ def build_shards(
                 expected = estimate(source, work.count_tokens, on_bad_document=work.on_bad_document)
                 expected_tokens = expected.tokens
             manifest, total, batches = _begin(source, name, settings, work, expected_tokens)
-            manifest.save(folder)  # before any shard: what a crash leaves over is known to be ours
+            # before any shard: what a crash leaves over is known to be ours
+            work.destination.publish(folder, manifest)
         if not manifest.complete:
             _pack(source, folder, settings, work, manifest=manifest, total=total, batches=batches)
     return manifest
@@ -187,8 +189,9 @@ def build_shards(
 def rebuild_damaged(source: Source, folder: Path, manifest: Manifest, work: Work) -> None:
     """Make the listed shards again that are missing or of another size. Raises like
     rebuild_shard."""
-    for shard in damaged_shards(folder, manifest):
+    for shard in work.destination.missing(folder, manifest):
         rebuild_shard(source, folder, manifest, shard, work)
+        work.destination.publish(folder, manifest)
 
 
 def rebuild_shard(
@@ -284,6 +287,7 @@ def _pack(
         max_tokens=settings.max_tokens,
         total_tokens=total,
         on_shard=work.progress.shard,
+        publish=work.destination.publish,
     )
     try:
         for batch in batches:
@@ -297,7 +301,7 @@ def _pack(
             manifest.val_tokens = share_of(packer.tokens, SMALL_SHARE)
             manifest.shards, manifest.next = [], None
             packer.abort()
-            manifest.save(folder)
+            work.destination.publish(folder, manifest)
             _pack(source, folder, settings, work, manifest=manifest)
         else:
             packer.finish()

@@ -22,13 +22,14 @@ from pretrain.tokens.build import (
     refuse_changes,
     refuse_differences,
 )
+from pretrain.tokens.destination import Destination, StoreDestination, opened
 from pretrain.tokens.engines import MAX_THREADS, cores, load_engine
 from pretrain.tokens.estimate import Estimate, estimate
-from pretrain.tokens.folder import damaged_shards, leftovers
+from pretrain.tokens.folder import leftovers
 from pretrain.tokens.interruption import Stopped
 from pretrain.tokens.owntext import without_files_below
 from pretrain.tokens.progress import ConsoleProgress, in_bytes, plural, rounded
-from pretrain.tokens.shards import DEFAULT_DATA_DIR, Manifest, ShardError
+from pretrain.tokens.shards import DEFAULT_DATA_DIR, Manifest, Shard, ShardError
 from pretrain.tokens.tokenizer import Tokenizer
 from pretrain.tokens.verify import verify_folder
 
@@ -41,7 +42,7 @@ class Request:
 
     settings: Settings
     source: tuple[str, ...] = ()  # local files, folders, patterns; none: the settings' dataset
-    out_dir: Path | None = None
+    out_dir: str | Path | None = None  # a folder, or the address of one in a store
     shard_name: str | None = None
     num_proc: int | None = None
     engine: str = "local"
@@ -62,43 +63,47 @@ class Request:
 
 def run(request: Request) -> int:
     """Build or verify: the exit status. Raises UserError, and Stopped with what there is now."""
-    folder, source = request.out_dir, None
+    folder, source, shown = None, None, None
     try:
-        if request.source and not (folder and request.verify):
-            source = local_source(
-                request.source,
-                text_column=request.settings.text_column,
-                on_bad_document=request.on_bad_document,
-            )
-        folder = folder or Path("data") / request.name(source)
-        if request.verify:
-            return verify(folder)
-        if source:
-            source = without_files_below(folder, source, request.source)
-        return build(request, folder, source)
+        with opened(request.out_dir, request.dry_run or request.verify) as destination:
+            folder = destination.folder or (Path(request.out_dir) if request.out_dir else None)
+            shown = destination.address
+            if request.source and not (folder and request.verify):
+                source = local_source(
+                    request.source,
+                    text_column=request.settings.text_column,
+                    on_bad_document=request.on_bad_document,
+                )
+            folder = folder or Path("data") / request.name(source)
+            if request.verify:
+                return verify(folder, destination)
+            if source:
+                source = without_files_below(folder, source, request.source)
+            return build(request, folder, source, destination)
     except Stopped as stopped:
-        stopped.note = kept(folder)
+        stopped.note = kept(folder, shown)
         raise
     except OSError as error:
         once = " once there is room" if error.errno in FULL else ""
-        raise UserError(f"{first_line(error)}; {kept(folder)}{once}") from None
+        raise UserError(f"{first_line(error)}; {kept(folder, shown)}{once}") from None
 
 
-def kept(folder: Path | None) -> str:
-    """What a rerun will find."""
+def kept(folder: Path | None, shown: str | None = None) -> str:
+    """What a rerun will find. `shown`: where it lies, if that is not the folder."""
     with contextlib.suppress(ShardError):
         if folder and (manifest := Manifest.load(folder)) and manifest.shards:
             number = f"{len(manifest.shards)} finished {plural('shard', len(manifest.shards))}"
             tokens = f"{manifest.tokens:,} tokens"
-            return f"{number} with {tokens} stay in {folder}, the same command continues"
+            return f"{number} with {tokens} stay in {shown or folder}, the same command continues"
     return "no shard was finished yet, the same command starts again"
 
 
 # ---- build
 
 
-def build(request: Request, folder: Path, source: Source | None) -> int:
+def build(request: Request, folder: Path, source: Source | None, destination: Destination) -> int:
     """Write the shards that are missing. Returns the exit status."""
+    shown = destination.shown(folder)
     manifest = Manifest.load(folder)
     name, settings = request.name(source), request.settings
     damaged = False
@@ -106,22 +111,22 @@ def build(request: Request, folder: Path, source: Source | None) -> int:
         refuse_differences(folder, manifest, name, settings)
         if source:
             refuse_changes(folder, manifest, source)
-        damaged = print_damaged(folder, manifest)
+        damaged = print_damaged(shown, destination.missing(folder, manifest))
         if manifest.complete and not damaged:  # seen without asking the Hub
-            print(f"{folder}: finished before, nothing is left to do")
-            print_result(folder, manifest)
+            print(f"{shown}: finished before, nothing is left to do")
+            print_result(shown, manifest)
             return 0
     source = source or open_dataset(settings, manifest)
-    work = make_work(request)
+    work = make_work(request, destination)
     expected = estimate(source, work.count_tokens, on_bad_document=request.on_bad_document)
-    print_plan(folder, source, settings, expected, manifest)
+    print_plan(folder, source, settings, expected, manifest, destination=destination)
     if request.dry_run:
         return 0
     work.progress = ConsoleProgress(expected, settings.max_tokens)
     make = load_engine(request.engine)
     with contextlib.closing(work.progress):
         manifest = make(request, source, folder, work, name=name, tokens=expected.tokens)
-    print_result(folder, manifest)
+    print_result(shown, manifest)
     return 0
 
 
@@ -145,22 +150,23 @@ def open_dataset(settings: Settings, manifest: Manifest | None) -> Source:
     )
 
 
-def make_work(request: Request) -> Work:
+def make_work(request: Request, destination: Destination) -> Work:
     """How the build is done here. Raises TokenizerUnavailable."""
     # gigatoken starts threads of its own where one process has cores left beside ours
     parallel = request.num_proc in (None, 1) and cores() > MAX_THREADS
     tokenizer = Tokenizer(request.tokenizer_backend, request.check_every, parallel)
     num_proc = request.num_proc or (1 if tokenizer.backend == "gigatoken" else min(8, cores()))
-    return Work(tokenizer, num_proc, on_bad_document=request.on_bad_document)
+    skips = request.on_bad_document
+    return Work(tokenizer, num_proc, on_bad_document=skips, destination=destination)
 
 
-def print_damaged(folder: Path, manifest: Manifest) -> bool:
+def print_damaged(shown: str, shards: list[Shard]) -> bool:
     """Name the listed shards that are missing or cut short; returns whether there are any."""
-    names = [shard.file for shard in damaged_shards(folder, manifest)]
+    names = [shard.file for shard in shards]
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         made = "missing or of another size: made again from the documents"
-        print(f"{folder}: {', '.join(names[:5])}{more} {made}")
+        print(f"{shown}: {', '.join(names[:5])}{more} {made}")
     return bool(names)
 
 
@@ -170,6 +176,8 @@ def print_plan(
     settings: Settings,
     expected: Estimate,
     manifest: Manifest | None,
+    *,
+    destination: Destination,
 ) -> None:
     """Say what will be done. Raises UserError where the disk has no room for it."""
     print_documents(source, expected)
@@ -178,6 +186,9 @@ def print_plan(
     number = f"{all_tokens:,}" if exact else f"about {rounded(all_tokens)}"
     free = free_bytes(folder, manifest)
     disk = f"{in_bytes(2 * all_tokens)} in {folder} ({in_bytes(free)} free)"
+    if destination.address:
+        at_once = f"{in_bytes(4 * settings.shard_size)} at a time in {folder}"
+        disk = f"{in_bytes(2 * all_tokens)} in {destination.address}, {at_once}"
     print(f"shards      {number} tokens, {settings.shard_size:,} in a shard, {disk}")
     there = manifest.tokens if manifest else 0
     if manifest and there:
@@ -187,6 +198,8 @@ def print_plan(
         few = "a tenth of the tokens, as all are fewer than two shards"
         print(f"validation  {few} (--val_tokens N: so many)")
     needed = 2 * max(0, all_tokens - there)
+    if destination.address:
+        needed = min(needed, 4 * settings.shard_size)
     if needed > free:
         about = "" if exact else "about "
         room = f"needs {about}{in_bytes(needed)} more on its disk, where {in_bytes(free)} are free"
@@ -217,7 +230,7 @@ def free_bytes(folder: Path, manifest: Manifest | None) -> int:
     return free
 
 
-def print_result(folder: Path, manifest: Manifest) -> None:
+def print_result(folder: str, manifest: Manifest) -> None:
     """What the folder holds now, and what to do with it."""
     train = [shard for shard in manifest.shards if shard.split == "train"]
     trained = sum(shard.tokens for shard in train)
@@ -231,8 +244,8 @@ def print_result(folder: Path, manifest: Manifest) -> None:
         print(f"left out: {number:,} {plural(noun, number)}")
     print_token_count(manifest)
     if train:
-        default = folder == Path(DEFAULT_DATA_DIR)
-        data_dir = "" if default else f" --data_dir {shlex.quote(str(folder))}"
+        default = Path(folder) == Path(DEFAULT_DATA_DIR)
+        data_dir = "" if default else f" --data_dir {shlex.quote(folder)}"
         print(f"next: python train_gpt2.py{data_dir}")
     else:
         more = "give a smaller --val_tokens, or more documents, elsewhere"
@@ -252,14 +265,15 @@ def print_token_count(manifest: Manifest) -> None:
 # ---- verify
 
 
-def verify(folder: Path) -> int:
+def verify(folder: Path, destination: Destination) -> int:
     """Check a folder, and print what was found. Returns the exit status."""
-    t0 = time.perf_counter()
-    found = verify_folder(folder)
+    t0, shown = time.perf_counter(), destination.shown(folder)
+    store = destination if isinstance(destination, StoreDestination) else None
+    found = verify_folder(folder, store)
     for line in [*found.problems, *(f"note: {note}" for note in found.notes)]:
-        print(line)
+        print(line.replace(str(folder), shown))
     done = f"{found.shards} {plural('shard', found.shards)}, {found.tokens:,} tokens read"
     compared = f", {found.compared} documents encoded again" if found.compared else ""
     problems = f"{len(found.problems) or 'no'} {plural('problem', len(found.problems))}"
-    print(f"{folder}: {done}{compared} in {time.perf_counter() - t0:.1f} s: {problems}")
+    print(f"{shown}: {done}{compared} in {time.perf_counter() - t0:.1f} s: {problems}")
     return 1 if found.problems else 0

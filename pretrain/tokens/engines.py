@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import traceback
 from collections import deque
@@ -57,7 +58,7 @@ def workers(
 ) -> Iterator[Sequence[Work]]:
     """Callables that do `work`: threads of this process for num_proc 1, else so many processes."""
     if num_proc > 1:
-        with worker_processes(num_proc, work) as callables:
+        with worker_processes(num_proc, work, may_fork=not waits_for_network) as callables:
             yield callables
     else:
         least = NETWORK_THREADS if waits_for_network else 1
@@ -144,12 +145,17 @@ def _results(results: queue.Queue) -> Iterator:
 
 
 @contextlib.contextmanager
-def worker_processes(count: int, work: Work) -> Iterator[list["_Worker"]]:
-    """`count` fresh processes for run_in_order: calling one runs `work` (picklable) in its process.
+def worker_processes(
+    count: int, work: Work, *, may_fork: bool = False
+) -> Iterator[list["_Worker"]]:
+    """`count` processes for run_in_order: calling one runs `work` (picklable) in its process.
 
-    They end with the block, and by themselves when this process is killed.
+    They end with the block, and by themselves when this process is killed. may_fork: they may begin
+    as copies of this one, in which everything is loaded already.
     """
-    context = multiprocessing.get_context("spawn")  # works everywhere, inherits no thread's locks
+    # A fresh process works everywhere and inherits no thread's locks, but loads everything anew.
+    is_forked = may_fork and sys.platform == "linux" and threading.active_count() == 1
+    context = multiprocessing.get_context("fork" if is_forked else "spawn")
     started: list[_Worker] = []
     try:
         with (
@@ -203,6 +209,9 @@ class _Worker:
 
 
 def _serve_process(connection: Any, work: Work) -> None:
+    for number in signal.valid_signals():  # a copy has its parent's handlers
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the parent is gone or no longer interested
         while True:

@@ -45,6 +45,11 @@ def shard_header(tokens: int, ending: str = "npy") -> bytes:
     return file.getvalue()
 
 
+def shard_bytes(name: str, tokens: int) -> int:
+    """The size of a shard with so many tokens."""
+    return len(shard_header(tokens, name.rpartition(".")[2])) + TOKEN.itemsize * tokens
+
+
 def read_bin_header(path: Path, file: IO[bytes], size: int) -> tuple[int, int]:
     """(byte at which the tokens begin, number of tokens) of an open .bin file of `size` bytes.
 

@@ -87,14 +87,17 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Replace the folder's manifest in one step: a reader finds the old one or the new one,
         whole. Raises OSError."""
+        write_text(folder / MANIFEST, self.text())
+
+    def text(self) -> str:
+        """As it is written."""
         record = {
             "format": FORMAT,
             "tokens": self.tokens,
             "documents": self.documents,
             **vars(self),
         }
-        text = _readable_json(record | {"shards": [vars(shard) for shard in self.shards]})
-        write_text(folder / MANIFEST, text + "\n")
+        return _readable_json(record | {"shards": [vars(shard) for shard in self.shards]}) + "\n"
 
     @classmethod
     def load(cls, folder: str | Path) -> Self | None:
@@ -243,6 +246,7 @@ TOKENIZER: dict[str, Check] = {
 }
 SOURCES: dict[str, dict[str, Check]] = {
     "local": {"text_column": _is_text, "files": _is_list},
+    "stored": {"text_column": _is_text, "files": _is_list},
     "hub": {
         **dict.fromkeys(("dataset", "config", "split", "commit", "text_column"), _is_text),
         "files": _is_list,

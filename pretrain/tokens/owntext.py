@@ -16,20 +16,17 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from pretrain.text.documents import Source, SourceError, local_source
 from pretrain.tokens.build import Settings, Work, build_shards
 from pretrain.tokens.estimate import estimate
 from pretrain.tokens.folder import BuildRefused
 from pretrain.tokens.formats import token_files
 from pretrain.tokens.progress import ConsoleProgress
-from pretrain.tokens.shards import MANIFEST, Manifest, open_shard
+from pretrain.tokens.shards import MANIFEST, Manifest
 from pretrain.tokens.tokenizer import Tokenizer
 
 VAL_FRACTION = 0.1
 POLL_SECONDS = 0.2
-COUNTED_TOKENS = 10**8  # takes half a second
 RUN_LOG, DATA = "metrics.jsonl", "data"  # what a run writes that could be taken for documents
 
 
@@ -99,7 +96,7 @@ def without_files_below(folder: Path, source: Source, paths: Sequence[str | Path
         lineage = {(real := _real(path)), *real.parents}
         return not lineage & {*own} or bool(lineage & {*inside})
 
-    staying = [stays(file.path) for file in source.files]
+    staying = [file.url is not None or stays(file.path) for file in source.files]
     if all(staying):
         return source
     if not any(staying):
@@ -153,18 +150,3 @@ def without_flags(message: str) -> str:
     message = re.sub(r"\s*\(--\w[^)]*\)", "", message)
     message = re.sub(r"choose --\w+ from", "there are", message)
     return re.sub(r"[;,] (?:check|try|choose|use|give|or) --\w[^;]*", "", message)
-
-
-def unigram_entropy(paths: Sequence[Path]) -> float | None:
-    """Entropy in nats of the token frequencies of some shards; None for more than COUNTED_TOKENS
-    tokens.
-
-    It is what a model that knows these frequencies and nothing else pays per token there, so a loss
-    clearly below it shows that the context is used.
-    """
-    shards = [open_shard(path) for path in paths]
-    if sum(map(len, shards)) > COUNTED_TOKENS:
-        return None
-    counts = np.sum([np.bincount(shard, minlength=2**16) for shard in shards], axis=0)
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())

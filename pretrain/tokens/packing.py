@@ -38,9 +38,10 @@ class Packer:
         max_tokens: int | None = None,
         total_tokens: int | None = None,
         on_shard: Callable[[Shard], None] | None = None,
+        publish: Callable[[Path, Manifest], None] = lambda folder, manifest: manifest.save(folder),
     ):
         self.folder, self.manifest = folder, manifest
-        self.shard_size, self.on_shard = shard_size, on_shard
+        self.shard_size, self.on_shard, self.publish = shard_size, on_shard, publish
         self.max_tokens, self.total_tokens = max_tokens, total_tokens
         self.position = Position.from_json(manifest.next) if manifest.next else Position(0, 0)
         self.resuming = manifest.next is not None  # until the document at the position has come
@@ -105,7 +106,7 @@ class Packer:
             more = {reason: last.skipped.get(reason, 0) + count}
             last.skipped = dict(sorted({**last.skipped, **more}.items()))
         self.manifest.complete = True
-        self.manifest.save(self.folder)
+        self.publish(self.folder, self.manifest)
 
     def abort(self) -> None:
         """Drop the unfinished shard; the finished ones stay."""
@@ -185,7 +186,7 @@ class Packer:
         self.manifest.shards.append(shard)
         self.manifest.next = self.position.to_json()
         self.manifest.complete = complete or self.done
-        self.manifest.save(self.folder)
+        self.publish(self.folder, self.manifest)
         self._reset_counts()
         if self.on_shard:
             self.on_shard(shard)

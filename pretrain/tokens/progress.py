@@ -54,6 +54,9 @@ class ConsoleProgress(Callbacks):
         self.current: Unit | None = None
         self.t0 = time.perf_counter()
         self.line_at = self.t0 + LINE_SECONDS
+        # Every batch looks at the clock, so that no thread has to: beside one, worker processes
+        # could not begin as copies of this one.
+        tqdm.monitor_interval = 0
         self.bar = tqdm(
             desc=what,
             total=self.total_tokens(),
@@ -61,6 +64,7 @@ class ConsoleProgress(Callbacks):
             unit="tok",
             unit_scale=True,
             dynamic_ncols=True,
+            miniters=1,
             disable=not sys.stderr.isatty(),
         )
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain.errors import UserError, first_line
 from pretrain.text.documents import Source
 from pretrain.tokens.build import Work
+from pretrain.tokens.destination import StoreDestination
 from pretrain.tokens.progress import in_bytes
 from pretrain.tokens.shards import Manifest, ShardError
 from pretrain.tokens.staged import Result, build_staged, scratch_bytes
@@ -49,9 +50,14 @@ def build_on_ray(
         manifest = build_staged(
             source, folder, request.settings, work, engine, name=name, expected_tokens=tokens
         )
-    findings = verify_folder(folder)
-    if findings.problems:
-        raise ShardError(f"{folder}: {'; '.join(findings.problems[:5])}")
+    store = work.destination
+    if isinstance(store, StoreDestination):  # each shard was verified here before it was sent
+        sent = store.in_full(manifest)
+        problems = [f"{each.file} is not there" for each in manifest.shards if each not in sent]
+    else:
+        problems = verify_folder(folder).problems
+    if problems:
+        raise ShardError(f"{store.shown(folder)}: {'; '.join(problems[:5])}")
     return manifest
 
 

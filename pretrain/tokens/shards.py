@@ -22,7 +22,13 @@ import numpy as np
 
 from pretrain.errors import first_line, reason
 from pretrain.files import atomic_write, temporary_name
-from pretrain.tokens.formats import TOKEN, read_bin_header, shard_header, token_files
+from pretrain.tokens.formats import (
+    TOKEN,
+    read_bin_header,
+    shard_bytes,
+    shard_header,
+    token_files,
+)
 from pretrain.tokens.manifest import (
     MANIFEST,
     NAME_PATTERN,
@@ -32,6 +38,7 @@ from pretrain.tokens.manifest import (
     ShardError,
     open_regular,
 )
+from pretrain.tokens.shard_cache import bring, bring_ahead, cached_tokens, is_cache
 
 __all__ = [
     "DEFAULT_DATA_DIR",
@@ -40,6 +47,7 @@ __all__ = [
     "Manifest",
     "Shard",
     "ShardError",
+    "bring_ahead",
     "data_fingerprint",
     "find_shards",
     "open_shard",
@@ -153,6 +161,7 @@ def _opened(path: str | Path) -> Iterator[IO[bytes]]:
 def open_shard(path: str | Path) -> np.ndarray:
     """Map a shard read-only: (tokens,) uint16. ShardError if it is missing, torn, empty, something
     else, or cannot be read."""
+    bring(Path(path))
     with _opened(path) as file:
         if Path(path).suffix == ".bin":
             at, count = read_bin_header(Path(path), file, os.fstat(file.fileno()).st_size)
@@ -168,6 +177,12 @@ def open_shard(path: str | Path) -> np.ndarray:
                 f"{shape} and {spare} further bytes; build it again with fineweb.py"
             )
         return np.memmap(file, TOKEN, "r", at, shape).view(np.ndarray)
+
+
+def shard_tokens(path: str | Path) -> int:
+    """How many tokens a shard has, which is not brought here for that. Raises like open_shard."""
+    known = cached_tokens(Path(path))
+    return len(open_shard(path)) if known is None else known
 
 
 def _read_header(path: str | Path, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
@@ -203,7 +218,7 @@ def find_shards(folder: str | Path, split: str) -> list[Path]:
     if manifest:
         paths = [folder / shard.file for shard in manifest.shards if shard.split == split]
         missing = [path.name for path in paths if not path.exists()]
-        if missing:
+        if missing and not is_cache(folder):
             raise ShardError(
                 f"{folder}: {', '.join(missing)} listed in {MANIFEST} but missing; restore, or "
                 "run the command that made the folder again: it makes them anew"
@@ -253,8 +268,7 @@ def has_size(path: Path, tokens: int) -> bool:
         size = os.stat(path).st_size
     except FileNotFoundError:
         return False
-    header = shard_header(tokens, path.suffix.removeprefix("."))
-    return path.is_file() and size == len(header) + TOKEN.itemsize * tokens
+    return path.is_file() and size == shard_bytes(path.name, tokens)
 
 
 def verify_shard(path: str | Path, expected: Shard | None = None) -> None:

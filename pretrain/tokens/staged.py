@@ -150,7 +150,7 @@ class StagedBuild:
             if share:
                 manifest.val_tokens, share = share_of(self._total(), share), None
             if not manifest.shards:
-                manifest.save(self.folder)
+                self.work.destination.publish(self.folder, manifest)
             self._pack(manifest, last)
             if manifest.complete:
                 break
@@ -166,7 +166,7 @@ class StagedBuild:
             return manifest
         manifest.val_tokens = share_of(manifest.tokens, SMALL_SHARE)
         manifest.shards, manifest.next, manifest.complete = [], None, False
-        manifest.save(self.folder)
+        self.work.destination.publish(self.folder, manifest)
         self.units, self.start = [], 0
         for last, wave in _with_last(self._waves(None)):
             self._tokenize(wave)
@@ -294,7 +294,7 @@ class StagedBuild:
             manifest.shards.append(shard)
             manifest.next = behind
             manifest.complete = is_last and job.stop == total
-            manifest.save(self.folder)
+            self.work.destination.publish(self.folder, manifest)
             self.work.progress.shard(shard)
         self._drop_packed(manifest.tokens)
 

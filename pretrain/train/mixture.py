@@ -14,6 +14,7 @@ Such an even order is Tijdeman's solution of the chairman assignment problem (Di
 one period in a table answers for any p.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ import numpy as np
 from pretrain.errors import UserError
 
 LONGEST_PERIOD = 100_000  # sequences: weights of up to five decimal digits
+NUMBER = r"[0-9.]{1,20}"
 SOURCE_PATTERN = re.compile(
-    r"(?P<name>[A-Za-z0-9][\w.-]*)=(?P<folder>.+?):(?P<weight>[\d.]+)(?P<later>(?:@\d+:[\d.]+)*)"
+    r"(?P<name>[A-Za-z0-9][\w.-]*)=(?P<folder>.+?)"
+    rf":(?P<weight>{NUMBER})(?P<later>(?:@[0-9]{{1,12}}:{NUMBER})*)"
 )
 
 
@@ -48,21 +51,52 @@ class MixtureSource:
 
 
 def is_mixture(words: Sequence[str]) -> bool:
-    """Whether --data_dir names a mixture rather than one folder."""
-    return len(words) > 1 or SOURCE_PATTERN.fullmatch(words[0]) is not None
+    """Whether --data_dir means a mixture rather than one folder; what looks like neither, such as
+    web=data without a weight, is taken for a mixture and refused as one."""
+    return len(words) > 1 or ("=" in words[0] and not os.path.isdir(words[0]))
 
 
 def parse_mixture(words: Sequence[str]) -> list[MixtureSource]:
     """NAME=FOLDER:WEIGHT[@STEP:WEIGHT ...] for each source. Weights are relative: they need not add
     up to 1. Raises MixtureError that names what is wrong and how it is written."""
-    sources = [_parse_source(word) for word in words]
-    names = [source.name for source in sources]
-    if doubled := next((name for name in names if names.count(name) > 1), None):
-        raise MixtureError(f"two sources are named {doubled}; give each a name of its own")
-    for step in sorted({start for source in sources for start, _ in source.weights}):
-        if not any(source.weight_at(step) for source in sources):
-            raise MixtureError(f"from step {step} on every weight is 0; give one source a weight")
+    sources, problems = read_mixture(words)
+    if problems:
+        raise MixtureError(problems[0])
     return sources
+
+
+def read_mixture(words: Sequence[str]) -> tuple[list[MixtureSource], list[str]]:
+    """(the sources, all problems, one line each): only without problems is it a mixture."""
+    sources, problems = [], []
+    for word in words:
+        try:
+            sources.append(_parse_source(word))
+        except MixtureError as error:
+            problems.append(str(error))
+    names = [source.name for source in sources]
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        problems.append(f"two sources are named {name}; give each a name of its own")
+    folders: dict[str, str] = {}
+    for source in sources:
+        first = folders.setdefault(os.path.realpath(source.folder), source.name)
+        if first != source.name:
+            problems.append(
+                f"{first} and {source.name} are one folder, {source.folder}; name it once, with the"
+                " sum of its weights"
+            )
+    return sources, problems or _problems_of_weights(sources)
+
+
+def _problems_of_weights(sources: Sequence[MixtureSource]) -> list[str]:
+    for step in sorted({start for source in sources for start, _ in source.weights}):
+        weights = [source.weight_at(step) for source in sources]
+        if not any(weights):
+            return [f"from step {step} on every weight is 0; give one source a weight"]
+        try:
+            _shares_and_period(weights)
+        except MixtureError as error:
+            return [str(error)]
+    return []
 
 
 def _parse_source(word: str) -> MixtureSource:
@@ -72,7 +106,7 @@ def _parse_source(word: str) -> MixtureSource:
         raise MixtureError(f"{word!r} is not a source of a mixture; write {form}")
     weights = [(0, parts["weight"])]
     weights += [
-        (int(step), weight) for step, weight in re.findall(r"@(\d+):([\d.]+)", parts["later"])
+        (int(step), weight) for step, weight in re.findall(rf"@([0-9]+):({NUMBER})", parts["later"])
     ]
     steps = [step for step, _ in weights]
     if steps != sorted(set(steps)):
@@ -87,6 +121,19 @@ def _parse_source(word: str) -> MixtureSource:
         raise MixtureError(f"{word!r}: a weight is a number such as 0.7 or 3") from None
 
 
+def _shares_and_period(weights: Sequence[Fraction]) -> tuple[list[Fraction], int]:
+    """What each source has of the whole, and after how many sequences the order repeats. Raises
+    MixtureError where that is after more than LONGEST_PERIOD."""
+    shares = [weight / sum(weights) for weight in weights]
+    period = lcm(*(share.denominator for share in shares))
+    if period > LONGEST_PERIOD:
+        raise MixtureError(
+            f"weights {', '.join(str(float(w)) for w in weights)} repeat only after {period:,} "
+            f"sequences; round them so that they do within {LONGEST_PERIOD:,}"
+        )
+    return shares, period
+
+
 class MixturePlan:
     """The order of sources for constant weights: a table of one period."""
 
@@ -94,17 +141,11 @@ class MixturePlan:
         """weights: relative, not negative, one at least positive. Raises MixtureError where their
         fractions have no common denominator of up to LONGEST_PERIOD."""
         exact = [w if isinstance(w, Fraction) else Fraction(str(w)) for w in weights]
-        shares = [weight / sum(exact) for weight in exact]
-        period = lcm(*(share.denominator for share in shares))
-        if period > LONGEST_PERIOD:
-            raise MixtureError(
-                f"weights {', '.join(str(float(w)) for w in exact)} repeat only after {period:,} "
-                f"sequences; round them so that they do within {LONGEST_PERIOD:,}"
-            )
-        self.counts = np.array([int(share * period) for share in shares])  # per period
+        self.shares, period = _shares_and_period(exact)
+        self.counts = np.array([int(share * period) for share in self.shares])  # per period
         self.sources = _even_order(self.counts.tolist())  # (period,) int64
         # Of each place: how many earlier places of the period have the same source.
-        taken = self.sources[:, None] == np.arange(len(shares))
+        taken = self.sources[:, None] == np.arange(len(exact))
         self.before = np.cumsum(taken, axis=0) - taken  # (period, sources)
 
     def pick(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -173,3 +214,7 @@ class MixtureSchedule:
         """How many of the run's first `count` sequences come from each source, int64 (sources,)."""
         i = int(np.searchsorted(self.starts, count, side="right")) - 1
         return self.offsets[i] + self.plans[i].taken(count - int(self.starts[i]))
+
+    def shares_at(self, step: int) -> list[Fraction]:
+        """What each source has of the batch of this step."""
+        return self.plans[int(np.searchsorted(self.steps, step, side="right")) - 1].shares

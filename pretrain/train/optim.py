@@ -13,11 +13,12 @@ trapezoid() and its line in SCHEDULES.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pretrain.distributed import pick_dtype
 from pretrain.errors import UserError
@@ -27,6 +28,7 @@ FUSED_ON = {"cuda", "cpu", "mps"}  # where torch has the kernel that updates all
 # What Muon leaves to AdamW learns at this share of Muon's rate, unless the model says otherwise.
 # Muon's updates have a fixed size, about that of its rate, which is why its rates are high.
 ADAMW_SHARE = 0.1
+BATCH_NUMBERS = 2**25  # Muon's matrices in work at a time: some 0.4 GB
 
 
 class OptimizerMismatch(UserError):
@@ -163,8 +165,8 @@ def _check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon for parameters that are several matrices, one below the other, and for
-    processors that do not compute in bfloat16.
+    """torch.optim.Muon with its state and settings, and three things it lacks: parameters that are
+    several matrices, matrices of one shape taken together, processors without bfloat16.
 
     Muon replaces the momentum by the nearest matrix whose singular values are all alike. Queries,
     keys and values are three maps that lie in one parameter only because one product is faster than
@@ -180,37 +182,82 @@ class Muon(torch.optim.Muon):
         has_complex = super()._init_group(group, *whole)
         for tensors, pieces in zip((params, grads, momenta), whole, strict=True):
             for tensor in pieces:  # views: writing to them is writing to the parameter
-                tensors += tensor.split(group["rows"]) if group.get("rows") else [tensor]
+                cut = group.get("rows") and not isinstance(tensor, DTensor)
+                tensors += tensor.split(group["rows"]) if cut else [tensor]
         return has_complex
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """torch's own step where the device computes in bfloat16, as that one always does. A CPU
-        that does not would take 25 times as long as in float32, most of an update's time."""
-        if all(_computes_in_bfloat16(p.device) for g in self.param_groups for p in g["params"]):
-            return super().step(closure)
+        """The update of torch.optim.Muon with Nesterov's momentum; closure must be None.
+
+        torch's own takes one matrix after another: the 72 of a 124M model are a thousand small
+        products, which keep a GPU waiting for the next to be launched. A sharded matrix is made
+        whole on every rank, one after the other: the work of one process.
+        """
         for group in self.param_groups:
-            pieces: tuple[list[Tensor], ...] = ([], [], [])
-            self._init_group(group, *pieces)
-            for parameter, gradient, momentum in zip(*pieces, strict=True):
-                momentum.lerp_(gradient, 1 - group["momentum"])
-                update = orthogonalized(gradient.lerp(momentum, group["momentum"]), group)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                longer = max(1.0, parameter.size(0) / parameter.size(1)) ** 0.5
-                parameter.add_(update, alpha=-group["lr"] * longer)
-        return None
+            matrices: tuple[list[Tensor], ...] = ([], [], [])
+            self._init_group(group, *matrices)
+            if any(isinstance(weight, DTensor) for weight in matrices[0]):
+                _update_sharded(matrices, group)
+                continue
+            for weights, gradients, momenta in _of_one_shape(*matrices):
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
+                updates = orthogonalized(torch.stack(directions), group)
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                rows, columns = weights[0].shape
+                rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+                for weight, update in zip(weights, updates, strict=True):
+                    weight.add_(update, alpha=-rate)
 
 
-def orthogonalized(matrix: Tensor, settings: dict[str, Any]) -> Tensor:
-    """The matrix with its singular values brought near 1, by the quintic Newton-Schulz iteration of
-    Jordan et al. 2024, "Muon"; in the dtype of the matrix."""
+def _update_sharded(matrices: tuple[list[Tensor], ...], group: dict[str, Any]) -> None:
+    for weight, gradient, momentum in zip(*matrices, strict=True):
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        direction = gradient.lerp(momentum, group["momentum"])
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(_sharded_update(direction, group), alpha=-group["lr"])
+
+
+def _sharded_update(direction: Any, group: dict[str, Any]) -> Any:
+    """A rank's part of what is subtracted from a sharded parameter, but for the learning rate."""
+    updates = []
+    for matrix in direction.full_tensor().split(group.get("rows") or len(direction)):
+        longer = max(1.0, matrix.size(0) / matrix.size(1)) ** 0.5
+        updates.append(orthogonalized(matrix[None], group)[0].to(direction.dtype) * longer)
+    # Every rank has computed all of it: nothing has to travel.
+    return distribute_tensor(
+        torch.cat(updates), direction.device_mesh, direction.placements, src_data_rank=None
+    )
+
+
+def _of_one_shape(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """The same lists in pieces, whose tensors have one shape and not more than BATCH_NUMBERS
+    numbers together; at least one tensor each."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for place, tensor in enumerate(lists[0]):
+        by_shape.setdefault(tensor.shape, []).append(place)
+    for shape, places in by_shape.items():
+        count = max(1, BATCH_NUMBERS // shape.numel())
+        for first in range(0, len(places), count):
+            some = places[first : first + count]
+            yield [[tensors[place] for place in some] for tensors in lists]
+
+
+def orthogonalized(matrices: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Matrices (N, rows, columns) with their singular values brought near 1, by the quintic
+    Newton-Schulz iteration of Jordan et al. 2024, "Muon": in bfloat16, as published, where the
+    device computes in it, else in the dtype of the matrices (a CPU that does not would take 25
+    times as long as in float32, most of an update's time)."""
     a, b, c = settings["ns_coefficients"]
-    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
-    x = x / x.norm().clamp(min=settings["eps"])
+    x = matrices.bfloat16() if _computes_in_bfloat16(matrices.device) else matrices
+    is_tall = x.size(1) > x.size(2)
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=settings["eps"])
     for _ in range(settings["ns_steps"]):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.size(0) > matrix.size(1) else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 def _computes_in_bfloat16(device: torch.device) -> bool:

@@ -16,7 +16,6 @@ decides what depends on it; the others are told.
 """
 
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict
@@ -29,26 +28,32 @@ from torch import Tensor
 from pretrain import __version__, distributed, files
 from pretrain.distributed import Ranks
 from pretrain.errors import lasting_output
-from pretrain.report.console import Console
-from pretrain.report.runlog import RunLog, Stopwatch, eval_line, perplexity, start_block
-from pretrain.report.trackers import open_trackers
+from pretrain.report.console import Console, columns
+from pretrain.report.lines import eval_line
+from pretrain.report.runlog import Measured, RunLog, Stopwatch, eval_values, start_block
+from pretrain.report.trackers import PACKAGES, open_trackers
 from pretrain.train import best
 from pretrain.train import checkpoint as checkpoints
+from pretrain.train.best import Record
 from pretrain.train.checkpoint import CheckpointError
+from pretrain.train.costs import Meter, throughput
+from pretrain.train.describe import changed_flags, warnings_of
+from pretrain.train.loader import BatchLoader
+from pretrain.train.parallel import is_sharded
+from pretrain.train.saving import Saver
 from pretrain.train.schema import problem_in_continued
-from pretrain.train.settings import TrainSettings, changed_flags, warnings_of
+from pretrain.train.settings import TrainSettings
 from pretrain.train.state import TrainState, read_on_first, source_of, source_problem
 from pretrain.train.stopping import StopSignal
 
 T = TypeVar("T")
-# Loss and accuracy by set of windows, and the summaries of tasks by their names.
-Measured = tuple[dict[str, dict[str, float]], dict[str, Any]]
 
 
 class Run:
     """See the top of the file. Attributes: settings, ranks, out_dir, saved, state, signal."""
 
     state: TrainState
+    loader: BatchLoader  # once the data is open
 
     def __init__(self, settings: TrainSettings, ranks: Ranks):
         self.settings, self.ranks = settings, ranks
@@ -82,6 +87,7 @@ class Run:
         trace: TracebackType | None,
     ) -> None:
         if self.log:
+            self._saver.close()
             self.log.close(self.state.step, error)
         self._stack.__exit__(kind, error, trace)
 
@@ -94,7 +100,7 @@ class Run:
             self.ranks.on_first(self._lock)
         self.path = self.ranks.on_first(self._find)
         if self.path:
-            self.saved = read_on_first(self.ranks, self._load)
+            self.saved = read_on_first(self.ranks, self._load, whole=not is_sharded(settings))
         elif settings.resume == "auto":
             rank, nodes = self.ranks.rank, self.ranks.nodes
             is_elsewhere = nodes[rank] != nodes[0]
@@ -205,19 +211,21 @@ class Run:
         state, settings = self.state, self.settings
         for warning in warnings_of(settings, setup["steps_per_epoch"]):
             self.warn(warning)
-        self.log = RunLog(self.out_dir, enabled=self.ranks.is_first)
+        log = RunLog(self.out_dir, enabled=self.ranks.is_first)
+        self._saver = Saver(settings, self.ranks, state, log)
+        self._meter = Meter(settings.price_per_hour, self.ranks, log.path)
+        self.log = log
         if self.ranks.is_first:
             files.write_json(self.out_dir / "config.json", setup)
             self.log.write("start", step=state.step, resumed_from=self.path, **setup)
             origin = f"continues {self.path}, step {state.step:,}" if self.path else "begins anew"
             print(start_block(setup, origin))
-            for tracker in open_trackers(
-                settings.tensorboard, settings.wandb, self.log.path, state.step, setup
-            ):
+            wanted = [name for name in PACKAGES if getattr(settings, name)]
+            for tracker in open_trackers(wanted, self.log.path, state.step, setup):
                 self.log.follow(self._stack.enter_context(closing(tracker)))
         console = Console(settings.max_iters, state.step, enabled=self.ranks.is_first)
         self.console = self._stack.enter_context(closing(console))
-        self.watch, self._lap_step, self._saved_at = Stopwatch(), state.step, time.monotonic()
+        self.watch, self._lap_step = Stopwatch(), state.step
 
     # ---- while it goes on
 
@@ -251,41 +259,28 @@ class Run:
         self.signal = self.stop.agreed_now()
         if self.signal:
             return
+        self._saver.end()
         val, train = scores["val"], scores["train"]
         before, state.record = state.record, state.record.after(state.step, val["loss"])
         state.last_eval_step, state.loss, state.val_loss = state.step, train["loss"], val["loss"]
-        record = self._write(
-            "eval",
-            train_loss=state.loss,
-            val_loss=state.val_loss,
-            best_val_loss=state.record.best_val_loss,
-            perplexity=perplexity(state.val_loss),
-            **{name: val[name] for name in ("accuracy", "bits_per_byte") if name in val},
-            **({"tasks": tasks} if tasks else {}),
-        )
-        self.say(eval_line(record, settings.max_iters))
-        if not self._save_evaluation():
-            state.record = before  # what no file holds is no record
+        progress = self.loader.progress(state.step)
+        values = eval_values((scores, tasks), progress, is_counted=bool(settings.val_tokens))
+        record = self._write("eval", best_val_loss=state.record.best_val_loss, **values)
+        self.say(eval_line(record, settings.max_iters, columns()))
+        self._save_evaluation(before)
         every = settings.sample_interval * interval
         if every and state.step and (self._length_is_reached() or state.step % every == 0):
             self._write_sample()
         self.watch.resume()
 
-    def _save_evaluation(self) -> bool:
-        """Save this step's evaluation under all its names."""
-        state = self.state
+    def _save_evaluation(self, before: Record) -> None:
+        """Save this step's evaluation under all its names. before: the record without it."""
+        state, is_last = self.state, self._length_is_reached()
         names = [checkpoints.iter_name(state.step, state.val_loss)]
-        names += [checkpoints.FINAL] * self._length_is_reached()
-        is_saved = self.save(*names)
-        if is_saved and self.ranks.is_first:
-            try:
-                best.link_best(self.out_dir, state.record)
-                checkpoints.prune(self.out_dir, self.settings.keep_checkpoints)
-            except CheckpointError as error:  # the one that it should name stays, and is named then
-                self.warn(str(error))
-            except OSError as error:
-                self.warn(f"{self.out_dir}: old checkpoints stay: {error.strerror}")
-        return is_saved
+        names += [checkpoints.FINAL] * is_last
+        self.save(*names, prune=True, at_once=is_last, otherwise=before)
+        if is_last:
+            self._saver.end()
 
     def _write_sample(self) -> None:
         values = self._sample()
@@ -300,77 +295,50 @@ class Run:
         self.stop.at_once = False  # there is something to save now
         if state.step % settings.log_interval == 0 or state.step == settings.max_iters:
             self._log_update(loss, grad_norm)
-        if self._save_is_due():
+        self._saver.report()
+        if self._saver.is_due():
             self.watch.pause()
             self.save(checkpoints.RESUME)
             self.watch.resume()
-
-    def _save_is_due(self) -> bool:
-        """Whether resume.pt is to be saved now; by rank 0's clock, where it is by time."""
-        settings = self.settings
-        if settings.checkpoint_interval and self.state.step % settings.checkpoint_interval == 0:
-            return True
-        seconds = 60 * settings.checkpoint_minutes
-        if not seconds or (self.ranks.world_size > 1 and self.state.step % self._asked_every):
-            return False
-        return self.ranks.broadcast(time.monotonic() - self._saved_at > seconds)
-
-    @property
-    def _asked_every(self) -> int:
-        """Steps from one look at rank 0's clock to the next, since each is a wait for it."""
-        return min(10, self.settings.log_interval)
 
     def _log_update(self, loss: Tensor, grad_norm: Tensor) -> None:
         state, setup = self.state, self.setup
         state.loss = self.ranks.sum(loss.item())[0] / self.ranks.world_size
         seconds, steps = self.watch.lap(), state.step - self._lap_step
         self._lap_step = state.step
-        speed = steps * setup["tokens_per_step"] / seconds  # tokens per second
-        flops_per_token = state.model.flops_per_token(setup["run"]["block_size"])
-        flops, peak = speed * flops_per_token / self.ranks.world_size, setup["peak_flops"]
+        sources = self.loader.progress(state.step)
         record = self._write(
             "train",
             loss=state.loss,
             epoch=state.step / setup["steps_per_epoch"],
             learning_rate=state.learning_rate,
             grad_norm=grad_norm.item(),
-            tokens_per_second=speed,
-            milliseconds_per_step=1000 * seconds / steps,
-            mfu=flops / peak if peak else None,
-            memory_bytes=distributed.peak_memory(self.ranks.device),
+            **throughput(state.model, setup, steps, seconds, self.ranks),
+            **self._meter.values(),
+            **({"sources": sources} if sources else {}),
         )
         if self.console:
             self.console.train(record)
 
+    def shares(self) -> dict[str, float]:
+        """What each source of a mixture has of the batch that comes next."""
+        step = self.saved["step"] if self.saved else self.state.step if self.log else 0
+        return self.loader.shares(step)
+
     def _write(self, event: str, **values: Any) -> dict[str, Any]:
         assert self.log
-        step = self.state.step
-        tokens = step * self.setup["tokens_per_step"]
+        step, tokens = self.state.step, self.state.step * self.setup["tokens_per_step"]
         return self.log.write(event, step=step, tokens=tokens, **values)
 
     # ---- saving and ending
 
-    def save(self, *names: str) -> bool:
-        """Write this point of the run under these names in out_dir; whether that worked, on every
-        rank. A full disk stops nothing: it is said, and the checkpoints that are there stay."""
+    def save(self, *names: str, **options: Any) -> None:
+        """Write this point of the run under these names in out_dir: see Saver.begin. A full disk
+        stops nothing: it is said, and the checkpoints that are there stay."""
+        self._saver.end()  # the one before
         tokens = self.state.step * self.setup["tokens_per_step"]
         content = self._about | {"tokens": tokens} | self.state.state_dict()
-        is_saved = self.ranks.broadcast(self.ranks.is_first and self._write_names(content, names))
-        self._saved_at = time.monotonic()
-        return is_saved
-
-    def _write_names(self, content: dict[str, Any], names: tuple[str, ...]) -> bool:
-        try:
-            checkpoints.save(self.out_dir / names[0], content)
-        except CheckpointError as error:
-            self.warn(str(error))
-            return False
-        for name in names[1:]:
-            try:
-                checkpoints.link(self.out_dir / names[0], self.out_dir / name)
-            except CheckpointError as error:  # it is saved all the same
-                self.warn(str(error))
-        return True
+        self._saver.begin(content, names, **options)
 
     def finish(self) -> int:
         """Save and say how the run ended: the exit status. Raises CheckpointError: not saved."""
@@ -380,13 +348,16 @@ class Run:
             self.say(
                 f"signal {self.signal} at step {state.step:,}: saving; the same command continues"
             )
-            if not self.save(checkpoints.RESUME):
+            self.save(checkpoints.RESUME, at_once=True)
+            if not self._saver.end():
                 raise checkpoints.end_not_saved(self.out_dir)
             self.log.write("stop", step=state.step, reason=f"signal {self.signal}")
             return 128 + self.signal
-        is_done = self.ranks.on_first(checkpoints.is_finished, self.out_dir, state.step)
-        if not is_done and not self.save(checkpoints.FINAL):
-            raise checkpoints.end_not_saved(self.out_dir)
+        self._saver.end()
+        if not self.ranks.on_first(checkpoints.is_finished, self.out_dir, state.step):
+            self.save(checkpoints.FINAL, at_once=True)
+            if not self._saver.end():
+                raise checkpoints.end_not_saved(self.out_dir)
         record = state.record
         if state.step < self.settings.max_iters:
             ago = f"{record.evals_since_best} evaluations ago"

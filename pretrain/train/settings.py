@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError, say
-from pretrain.flags import AMOUNT, COUNT, LARGEST, parse_with_config
+from pretrain.flags import AMOUNT, COUNT, LARGEST, named_after_flags, parse_with_config, wrong_files
 from pretrain.rendezvous import RankError, environment, is_first_rank
 from pretrain.report import trackers
 from pretrain.text.source import SourceError
-from pretrain.tokens.shards import ShardError, find_shards
+from pretrain.tokens.shards import ShardError
 from pretrain.tokens.tokenizer import TokenizerUnavailable
 from pretrain.train.arguments import OVERRIDES, build_parser
+from pretrain.train.folders import check_mixture, find_all
 from pretrain.train.keytokens import KeyTokenError, read_key_tokens
 
 __all__ = ["AMOUNT", "COUNT", "OVERRIDES", "TrainSettings", "build_parser", "resolve"]
-MANY_EPOCHS = 10_000  # more passes over the data than anybody means
 # What holds with --optimizer muon where a flag is not given: the record's settings for 124M.
 MUON = {
     "learning_rate": 0.025,
@@ -60,7 +60,9 @@ class TrainSettings:
     bias: bool
     init_from: str
     # data
-    data_dir: str
+    data_dir: str | list[str]  # a list: the sources of a mixture
+    data_cache: str
+    data_cache_gb: int
     data: list[str] | None
     stride: int
     shuffle: bool
@@ -86,11 +88,13 @@ class TrainSettings:
     # evaluation
     eval_interval: int
     eval_iters: int
+    val_tokens: int
     early_stopping: int
     eval_only: bool
     hellaswag: bool
     hellaswag_data: str | None
     hellaswag_limit: int | None
+    task: list[str] | None
     sample_interval: int
     sample_prompt: str
     sample_tokens: int
@@ -101,16 +105,28 @@ class TrainSettings:
     device: str
     dtype: str
     compile: bool | None
+    parallel: str
+    reshard_after_forward: bool
+    compile_mode: str
+    compile_eval: bool
     gradient_checkpointing: bool
+    attention: str
+    bfloat16_residual: bool
+    head_rows: int
+    bucket_cap_mb: int
+    profile: int
+    price_per_hour: float
     # run
     out_dir: str
     resume: str
     keep_checkpoints: int
     checkpoint_interval: int
     checkpoint_minutes: float
+    async_save: bool
     log_interval: int
     tensorboard: bool
     wandb: bool
+    trackio: bool
     seed: int
     # not flags
     given: frozenset[str] = frozenset()  # names of the flags that somebody set
@@ -145,6 +161,7 @@ def resolve(argv: Sequence[str], world_size: int) -> tuple[TrainSettings, list[s
     anything."""
     args, given, problems = parse_with_config(build_parser(), argv, OVERRIDES)
     values = vars(args) | _recipe(args, given)
+    values["out_dir"] = named_after_flags(args.out_dir, values)
     settings = TrainSettings(**values, given=frozenset(given), world_size=world_size)
     return settings, problems or problems_of(settings)
 
@@ -200,35 +217,6 @@ def with_length(settings: TrainSettings, steps_per_epoch: float) -> TrainSetting
     return replace(settings, max_iters=updates, lr_decay_iters=decay, warmup_iters=warmup)
 
 
-def changed_flags(before: dict[str, Any], settings: TrainSettings) -> list[str]:
-    """What may change from one part of a run to the next, and rarely should."""
-    names = ("learning_rate", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip")
-    now = settings.flags
-    return [
-        f"--{name} {before[name]} before, {now[name]} now"
-        for name in names
-        if name in before and before[name] != now[name]
-    ]
-
-
-def warnings_of(settings: TrainSettings, steps_per_epoch: float) -> list[str]:
-    """What is allowed and yet defeats the run, most likely by a slip: one line each."""
-    found, epochs = [], settings.max_iters / steps_per_epoch
-    if 0 < settings.max_iters <= settings.warmup_iters:
-        found.append(
-            f"--warmup_iters {settings.warmup_iters:,}: the run ends after {settings.max_iters:,}"
-            " updates, before the learning rate has risen; lower it to a tenth of that"
-        )
-    if epochs >= MANY_EPOCHS:
-        found.append(
-            f"--max_iters {settings.max_iters:,} are {epochs:,.0f} passes over this data; give"
-            " --epochs, or more data"
-        )
-    if settings.learning_rate == 0:
-        found.append("--learning_rate 0: nothing will be learned")
-    return found
-
-
 def check(flags: Any, given: set[str], world_size: int) -> list[str]:
     """problems_of for flags that come as an object with these names."""
     names = {field.name for field in fields(TrainSettings)}
@@ -251,7 +239,7 @@ def problems_of(settings: TrainSettings) -> list[str]:
         problems.append(f"--resume {settings.resume}: no such file (and neither auto nor never)")
     if settings.hellaswag_data and not os.path.isfile(settings.hellaswag_data):
         problems.append(f"--hellaswag_data {settings.hellaswag_data}: no such file")
-    return problems
+    return problems + wrong_files("--task", settings.task or (), taken=("hellaswag",))
 
 
 def _check_numbers(settings: TrainSettings) -> list[str]:
@@ -293,6 +281,8 @@ def _check_exclusive(settings: TrainSettings) -> list[str]:
         problems.append("--data and --data_dir: give one of them")
     if settings.early_stopping and not settings.eval_interval:
         problems.append("--early_stopping: needs evaluations, but --eval_interval is 0")
+    if settings.val_tokens and not settings.is_evaluated:
+        problems.append("--val_tokens: needs evaluations, but --eval_interval is 0")
     return problems
 
 
@@ -353,8 +343,9 @@ def _check_data(settings: TrainSettings) -> list[str]:
             if len(data) > 1 or not is_shard_folder(data[0]):
                 open_text(data, Path(settings.out_dir))
                 return []
-        for split in ("train", "val") if settings.is_evaluated else ("train",):
-            find_shards(data[0] if data else settings.data_dir, split)
+        elif isinstance(settings.data_dir, list):
+            return check_mixture(settings.data_dir, settings.is_evaluated)
+        find_all(str(data[0] if data else settings.data_dir), settings.is_evaluated)
     except (SourceError, ShardError) as error:
         return [f"--{'data' if data else 'data_dir'} {error}"]
     return []

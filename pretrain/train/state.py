@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pretrain.distributed import Ranks
 from pretrain.train.best import Record
 from pretrain.train.checkpoint import CheckpointError, restore_optimizer
+from pretrain.train.parallel import shapes_of, shared_out
 
 NUMBERS = ("step", "last_eval_step", "loss", "val_loss", "learning_rate")
 
@@ -54,7 +55,7 @@ class TrainState:
         """Go on from what state_dict returned, but for the model, which was built with its weights.
         Learning rate, betas and weight decay stay those of this run's flags. Raises CheckpointError
         for moments of another model."""
-        restore_optimizer(self.optimizer, saved["optimizer"])
+        restore_optimizer(self.optimizer, shared_out(self.optimizer, saved["optimizer"]))
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 _check_moments(parameter, self._moments_of(parameter))
@@ -82,12 +83,18 @@ def _check_moments(parameter: Tensor, moments: dict[str, Any]) -> None:
             )
 
 
-def read_on_first(ranks: Ranks, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def read_on_first(
+    ranks: Ranks, read: Callable[[], dict[str, Any]], *, whole: bool = True
+) -> dict[str, Any]:
     """What read() returns on rank 0, on every rank; what it raises there, it raises on all. Only
-    rank 0's disk is sure to hold the run, since nodes may have a disk each."""
+    rank 0's disk is sure to hold the run, since nodes may have a disk each. whole=False: others get
+    the shapes_of tensors, where no machine could hold them once for each of its ranks."""
     found: list[dict[str, Any]] = []
     ranks.on_first(lambda: found.append(read()))
-    return ranks.broadcast_state(found[0] if found else None)
+    if whole:
+        return ranks.broadcast_state(found[0] if found else None)
+    shapes = ranks.broadcast(shapes_of(found[0]) if found else None)
+    return found[0] if found else shapes
 
 
 def source_of(model: nn.Module) -> dict[str, str]:
@@ -95,7 +102,8 @@ def source_of(model: nn.Module) -> dict[str, str]:
     code trains another model, though all shapes agree."""
     found = {}
     with contextlib.suppress(TypeError, OSError):  # a class that no file has
-        module = inspect.getsourcefile(type(model))
+        kinds = (kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch."))
+        module = inspect.getsourcefile(next(kinds))  # fully_shard makes a subclass
         paths = [Path(module)] if module else []
         ops = Path(__file__).parents[1] / "ops.py"
         for path in [*paths, *[ops] * ops.exists()]:

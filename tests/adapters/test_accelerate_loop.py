@@ -1,10 +1,10 @@
 """The loop in Accelerate's idiom: on one process and on two, interrupted and resumed."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from accelerate import Accelerator
@@ -51,7 +51,15 @@ def test_two_processes_train_and_evaluate_like_one_with_twice_the_micro_batches(
     command += ["-m", "adapters.accelerate_loop", "--cpu"]
     command += flags(data_dir, tmp_path, gradient_accumulation_steps=1)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = forked.run(
+        command,
+        popen=forked.AdapterPopen,
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step      4/4 | loss") == 1  # one process speaks
     for event, name in (("train", "loss"), ("train", "learning_rate"), ("eval", "val_loss")):

@@ -4,11 +4,11 @@ step."""
 import os
 import resource
 import signal
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -196,7 +196,9 @@ def test_a_kill_before_an_export_has_its_name_leaves_the_one_of_before(tmp_path)
     huggingface.export(gpt(seed=1), out)
     before = contents(out)
     command = [sys.executable, "-c", KILLED, "export", str(path), str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = forked.run(
+        command, popen=forked.AdapterPopen, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert contents(out) == before
     assert run("export", path, out) == 0

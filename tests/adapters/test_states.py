@@ -5,10 +5,10 @@ import os
 import pickle
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -313,8 +313,9 @@ def test_a_run_killed_between_writing_a_state_and_its_name_goes_on(name, runs, d
     module, function, calls = KILLED[name]
     argv = [*flags(data_dir, tmp_path), "--cpu"]
     command = [sys.executable, "-c", KILLING, module, function, str(calls)]
-    done = subprocess.run(
+    done = forked.run(
         [*command, TRAINERS[name].__name__, *argv],
+        popen=forked.AdapterPopen,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

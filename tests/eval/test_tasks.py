@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from free_port import free_port
@@ -161,7 +162,7 @@ def test_each_node_reads_its_own_disk_and_all_make_the_same_passes(tmp_path, mod
     code = TWO_NODES.format(root=ROOT, folder=tmp_path, items=ITEMS)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = [
-        subprocess.Popen(
+        forked.Popen(
             [sys.executable, "-c", code],
             cwd=tmp_path,
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": "0"},

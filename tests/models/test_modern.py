@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.distributed import compiler_problem
 from pretrain.eval.choices import Item, computing, make_batches, make_rows, score, take_apart
+from pretrain.hardware import compiler_problem
 from pretrain.models.modern import Modern, ModernConfig
 from pretrain.train.optim import make_optimizer
 

@@ -3,10 +3,10 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -112,7 +112,7 @@ def test_two_ranks_train_as_one(flags, whole, tmp_path):
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
-        subprocess.Popen(command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, cwd=tmp_path)
+        forked.Popen(command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, cwd=tmp_path)
         for rank in "01"
     ]
     assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]

@@ -46,7 +46,32 @@ def test_the_page_leads_with_the_table_and_marks_the_best(three):
     assert report.main([*map(str, three)]) == 0
     page = (three[0] / "report.html").read_text()
     assert page.index("What differs") < page.index("What looks wrong")
-    assert re.findall(r'class="best">([^<]*)', page)[0] == "3.0000"
+    assert re.findall(r'class="best"[^>]*>([^<]*)', page)[0] == "3.0000"
+
+
+def test_a_finding_of_several_runs_is_one_card_that_names_them(tmp_path):
+    folders = []
+    for name in ("a", "b"):
+        records = healthy_run(300)
+        for record in of(records, "train")[150:155]:
+            record["loss"] += 4.0
+        folders.append(write_run(tmp_path / name, records, flags={"seed": len(folders)}))
+    assert report.main([*map(str, folders)]) == 0
+    page = (folders[0] / "report.html").read_text()
+    (card,) = re.findall(r'<div class="card finding">(.*?)</div>', page, re.DOTALL)
+    assert "a at step" in card and "b at step" in card and "In 2 runs" in card
+    assert card.count("What to try:") == 1
+
+
+def test_settings_that_are_equal_are_folded_away_and_one_legend_serves_all_pictures(three):
+    assert report.main([*map(str, three)]) == 0
+    page = (three[0] / "report.html").read_text()
+    head, folded = page.split("Configuration</h2>")[1].split("Equal in all")
+    assert "flags.learning_rate" in head and "n_layer" not in head
+    assert "n_layer" in folded and "<details open>" not in head
+    assert page.count('class="legend"') == 1
+    legend = re.search(r'<p class="legend".*?</p>', page)[0]
+    assert all(f">{run.name}<" in legend.replace("</svg>", ">") for run in map(Run.load, three))
 
 
 def test_csv_and_markdown_hold_the_same_numbers(three, tmp_path, capsys):

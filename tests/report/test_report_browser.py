@@ -179,12 +179,12 @@ def test_the_page_renders_whole_and_without_errors(browser, page, width, dark):
     assert {url for url in urls if not url.startswith("data:")} == {page.as_uri()}, (
         "nothing else is loaded"
     )
-    images = browser.evaluate(
-        "[...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth])"
+    charts = browser.evaluate(
+        "[...document.querySelectorAll('.chart > svg')].map(s => [s.clientWidth,"
+        " s.querySelectorAll('path').length, s.getAttribute('aria-label').length])"
     )
-    assert len(images) == 8 and all(
-        done and natural > 0 and shown > 300 for done, natural, shown in images
-    )
+    assert len(charts) == 8 and not browser.evaluate("document.images.length")
+    assert all(shown > 290 and paths >= 2 and said > 40 for shown, paths, said in charts)
     headings = browser.evaluate(
         "[...document.querySelectorAll('h1, h2, h3')].map(h => h.innerText)"
     )
@@ -194,17 +194,105 @@ def test_the_page_renders_whole_and_without_errors(browser, page, width, dark):
         "nothing sticks out"
     )
     assert browser.evaluate("document.title").startswith("Training report: ")
-    assert browser.evaluate("document.querySelectorAll('script').length") == 0
+    assert browser.evaluate("document.querySelectorAll('script').length") == 2, "data, and page.js"
+    assert browser.evaluate("document.title").find("owned") < 0
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == dark
 
 
-def test_a_dark_page_shows_the_dark_pictures(browser, page):
-    shown = []
-    for dark in (False, True):
-        browser.show(page, dark=dark)
-        shown.append(browser.evaluate("[...document.images].map(i => i.currentSrc)"))
-    assert len(shown[0]) == len(shown[1]) and not set(shown[0]) & set(shown[1])
+@pytest.fixture
+def without_scripts(browser):
+    browser.ask("Emulation.setScriptExecutionDisabled", value=True)
+    yield browser
+    browser.ask("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_without_scripts_the_page_shows_its_pictures_and_their_numbers(without_scripts, page):
+    shown = {}
+    for width, dark in ((1200, False), (1200, True), (375, False)):
+        without_scripts.show(page, width=width, dark=dark)
+        images = without_scripts.evaluate(
+            "[...document.images].map(i => [i.currentSrc, i.complete && i.naturalWidth > 0 &&"
+            " i.clientWidth > 290])"
+        )
+        assert len(images) == 8 and all(is_seen for _, is_seen in images)
+        shown[width, dark] = {source for source, _ in images}
+        assert without_scripts.evaluate(
+            "[...document.querySelectorAll('.numbers table')].every(t => t.rows.length > 2)"
+        )
+    assert not shown[1200, False] & shown[1200, True], "a dark page has dark pictures"
+    assert len(shown[1200, False] - shown[375, False]) == 1, "a phone has the loss at its own size"
+
+
+def move(browser, x, y, kind="mouseMoved", **more):
+    """The pointer at a share of the width and height of the picture of the loss."""
+    box = browser.evaluate(
+        "(() => { const svg = document.querySelector('#plot-loss svg');"
+        " svg.scrollIntoView({ block: 'center' }); const r = svg.getBoundingClientRect();"
+        " return [r.left, r.top, r.width, r.height]; })()"
+    )
+    at = {"x": box[0] + x * box[2], "y": box[1] + y * box[3]}
+    browser.ask("Input.dispatchMouseEvent", type=kind, **at, **more)
+
+
+TIP = "document.querySelector('#plot-loss .tip')"
+TICKS = "[...document.querySelectorAll('#plot-loss .frame text')].map(t => t.textContent)"
+LINES = "document.querySelectorAll('#plot-loss path').length"
+CLICK = "document.querySelector({!r}).click(), 0"
+
+
+def test_the_values_under_the_pointer_are_those_of_the_log(browser, page):
+    browser.show(page)
+    assert browser.evaluate(f"{TIP}.hidden")
+    move(browser, 0.5, 0.5)
+    said = browser.evaluate(f"[...{TIP}.children].map(e => e.innerText.replace(/\\s+/g, ' '))")
+    step = int(said[0].removeprefix("step ").replace(",", ""))
+    log = [json.loads(line) for line in (page.parent / "a/metrics.jsonl").read_text().splitlines()]
+    steps = {record["step"] for record in log if record["event"] == "train"}
+    assert step in steps and len(said) == 1 + 4, "two kinds of two runs"
+    at = browser.evaluate(f"[...{TIP}.querySelectorAll('div')].map(e => e.innerText)")
+    row = next(text for text in at if text.startswith("a, validation") or "a, validation" in text)
+    values = [f"{r['val_loss']:.5g}" for r in log if r["event"] == "eval"]
+    assert any(value in row for value in values)
+    move(browser, 0.5, -0.2)
+    assert browser.evaluate(f"{TIP}.hidden"), "gone with the pointer"
+
+
+def test_a_stretch_is_zoomed_and_runs_and_axes_are_switched_and_kept(browser, page):
+    browser.show(page)
+    ticks, lines = browser.evaluate(TICKS), browser.evaluate(LINES)
+    move(browser, 0.3, 0.5, "mousePressed", button="left", clickCount=1)
+    move(browser, 0.5, 0.5, button="left", buttons=1)
+    move(browser, 0.5, 0.5, "mouseReleased", button="left", clickCount=1)
+    zoomed = browser.evaluate(TICKS)
+    assert zoomed != ticks
+    browser.evaluate(CLICK.format("#legend [data-of='1']"))
+    assert browser.evaluate(LINES) == lines / 2, "one run of two"
+    browser.show(page)
+    assert browser.evaluate(LINES) == lines / 2 and browser.evaluate(TICKS) == zoomed, "--follow"
+    browser.evaluate(CLICK.format("#legend [data-of='1']"))
+    browser.evaluate(CLICK.format("#plot-loss .tools button:last-child"))
+    assert browser.evaluate(TICKS) == ticks and browser.evaluate(LINES) == lines
+    browser.evaluate(CLICK.format("#plot-loss .tools button"))
+    assert browser.evaluate(TICKS) != ticks, "logarithmic"
+    assert browser.saw("Runtime.exceptionThrown") == []
+    browser.evaluate("sessionStorage.clear(), 0")
+
+
+def test_no_column_is_cut_on_a_phone_or_on_paper(browser, page):
+    cut = (
+        "[...document.querySelectorAll('td, th')].filter(c => c.getClientRects().length &&"
+        " (c.scrollWidth > c.clientWidth + 1"
+        " || c.getBoundingClientRect().right > innerWidth)).length"
+    )
+    browser.show(page, width=375)
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true), 0")
+    assert browser.evaluate(cut) == 0
+    browser.show(page, width=700)
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true), 0")
+    browser.ask("Emulation.setEmulatedMedia", media="print")
+    assert browser.evaluate(cut) == 0
+    browser.ask("Emulation.setEmulatedMedia", media="")
 
 
 def test_the_curves_are_visible_in_the_picture_that_the_browser_draws(browser, page, tmp_path):

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from pretrain.report import runlog
-from pretrain.report.runlog import RunLog, Stopwatch, eval_line, last_per_step, read_log, train_line
+from pretrain.report.lines import eval_line, train_line
+from pretrain.report.runlog import RunLog, Stopwatch, last_per_step, read_log
 
 TRAIN = {
     "step": 10,

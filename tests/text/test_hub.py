@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from loopback_hub import LoopbackHub
 
-from pretrain.text import remote
+from pretrain.text import ranges, remote
 from pretrain.text.documents import (
     Patience,
     Position,
@@ -401,7 +401,7 @@ def test_a_column_chunk_too_large_to_hold_is_streamed_through_faults(on_hub, mon
     monkeypatch.setattr(parquet, "LOAD_BYTES", 10_000)
     monkeypatch.setattr(parquet, "BATCH_BYTES", 50_000)
     monkeypatch.setattr(parquet, "READ_BYTES", 30_000)
-    monkeypatch.setattr(remote, "BLOCK", 5000)
+    monkeypatch.setattr(ranges, "BLOCK", 5000)
     texts = [os.urandom(700).hex() for _ in range(500)]
     content = parquet_bytes(
         texts, row_group_size=500, data_page_size=20_000, write_batch_size=10, use_dictionary=False
@@ -528,18 +528,18 @@ def test_a_pause_that_the_server_asks_for_is_kept_within_reason(monkeypatch):
     now, slept = [100.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda s: (slept.append(s), now.__setitem__(0, now[0] + s)))
-    waiting = remote.Waiting("x", Patience(give_up_seconds=60, rate_limit_seconds=200))
-    waiting.after(remote.Fault("HTTP 429", retry_after=90))  # longer than it would wait by itself
+    waiting = ranges.Waiting("x", Patience(give_up_seconds=60, rate_limit_seconds=200))
+    waiting.after(ranges.Fault("HTTP 429", retry_after=90))  # longer than it would wait by itself
     assert slept == [90]
     waiting.start()
     slept.clear()
     with pytest.raises(SourceError, match="asks for a pause of 30 s"):
         while True:
-            waiting.after(remote.Fault("HTTP 429", retry_after=30))
+            waiting.after(ranges.Fault("HTTP 429", retry_after=30))
     assert slept == [30] * 6
     waiting.start()
     with pytest.raises(SourceError, match="1 attempt in 0 s"):
-        waiting.after(remote.Fault("HTTP 429", retry_after=300))
+        waiting.after(ranges.Fault("HTTP 429", retry_after=300))
 
 
 def test_waits_grow_with_jitter_and_end(monkeypatch):
@@ -547,10 +547,10 @@ def test_waits_grow_with_jitter_and_end(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda s: (slept.append(s), now.__setitem__(0, now[0] + s)))
     patience = Patience()
-    waiting = remote.Waiting("x", patience)
+    waiting = ranges.Waiting("x", patience)
     with pytest.raises(SourceError):
         while True:
-            waiting.after(remote.Fault("HTTP 503"))
+            waiting.after(ranges.Fault("HTTP 503"))
     bounds = [
         min(patience.longest_wait_seconds, patience.first_wait_seconds * 2**i)
         for i in range(len(slept))

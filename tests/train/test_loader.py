@@ -6,13 +6,10 @@ import pytest
 import torch
 
 from pretrain.tokens.shards import Manifest, Shard, ShardError
+from pretrain.train import data as data_module
 from pretrain.train import loader as loader_module
-from pretrain.train.loader import (
-    ShardLoader,
-    TokenWindows,
-    refuse_different_data,
-    verify_data,
-)
+from pretrain.train.data import refuse_different_data, verify_data
+from pretrain.train.loader import ShardLoader, TokenWindows
 
 
 def write_shards(folder, lengths, seed=0, split="train", highest=50257):
@@ -225,6 +222,16 @@ def test_prefetching_gives_the_batches_of_the_steps_in_order(tmp_path, monkeypat
                 assert rows(next(batches)) == rows(loader.batch(step))
 
 
+def test_the_thread_makes_no_more_than_an_epoch_at_a_time(tmp_path, monkeypatch):
+    paths, _ = write_shards(tmp_path, [2000])
+    loader = ShardLoader(paths, batch_size=2, block_size=8, accumulation_steps=2)
+    made, tokens = [], loader._tokens
+    monkeypatch.setattr(loader, "_tokens", lambda step, n: made.append(n) or tokens(step, n))
+    with closing(loader.prefetch()) as batches:
+        next(batches)
+    assert set(made) == {len(loader.windows) // 4}
+
+
 def test_token_ids_survive_the_way_to_a_gpu_in_16_bits(tmp_path, monkeypatch):
     """The same way with memory that is not page-locked, which needs a GPU."""
 
@@ -318,7 +325,7 @@ def test_large_data_sets_are_verified_only_when_asked(tmp_path, monkeypatch):
     make_folder(tmp_path)
     path = tmp_path / "t_val_000000.npy"
     np.save(path, np.load(path) // 2)
-    monkeypatch.setattr(loader_module, "VERIFIED_BYTES", 100)
+    monkeypatch.setattr(data_module, "VERIFIED_BYTES", 100)
     verify_data(tmp_path, None)
     with pytest.raises(ShardError, match="t_val"):
         verify_data(tmp_path, True)

@@ -75,6 +75,28 @@ def test_matrices_of_the_blocks_follow_muon_and_queries_keys_values_are_three_of
         torch.testing.assert_close(parameters[name].data, expected, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("numbers_at_a_time", [1, 32 * 32 * 3, 2**25])
+def test_matrices_taken_together_are_updated_as_torch_updates_one_after_another(
+    numbers_at_a_time, monkeypatch
+):
+    monkeypatch.setattr(optim, "BATCH_NUMBERS", numbers_at_a_time)
+    monkeypatch.setattr(optim, "_computes_in_bfloat16", lambda device: True)  # as torch's always
+    random = torch.Generator().manual_seed(3)
+    shapes = [(32, 32), (128, 32), (32, 32), (32, 128), (32, 32), (32, 32), (128, 32)]
+    mine, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "adjust_lr_fn": "original"}
+    optimizers = optim.Muon(mine, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(3):
+        for a, b in zip(mine, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=random)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(mine, theirs, strict=True):
+        # A product in bfloat16 may be rounded otherwise when it is one of several.
+        torch.testing.assert_close(a, b, atol=5e-4, rtol=0)
+
+
 def test_taking_the_three_as_one_matrix_gives_another_update():
     models = [gpt(), gpt()]
     split, whole = (make_optimizer(model, name="muon", **SETTINGS) for model in models)

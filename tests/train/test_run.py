@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from tiny_runs import flags, logged, write_shards
@@ -94,7 +95,7 @@ def test_killed_between_a_save_and_its_links_the_best_model_is_that_of_an_unkill
     code = KILLED.format(
         root=str(ROOT), folder=str(tmp_path), flags=argv, links=links, renames=renames
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, timeout=240)
+    forked.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, timeout=240)
     whole = {
         name: held(tmp_path / "whole" / name) for name in ("best_val_loss.pt", "final_model.pt")
     }
