@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a fresh clone with Python >= 3.11 and a package index is enough.
 #   make quickstart   environment, then the whole product on input.txt with a small model on a CPU
 #   make test         environment, then all tests (no network, no GPU)
+#   make setup        environment alone, with what the tests need
 #   make lint         ruff's rules and form over everything, mypy over the product
 #   make fuzz         the tests that mutate files, with many more cases: FUZZ_CASES=10000
 #   make bench        the benchmarks behind the figures in README
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 endif
 PY := $(BIN)/python
 
-.PHONY: quickstart test lint fuzz bench resolve clean
+.PHONY: quickstart setup test lint fuzz bench resolve clean
 .DEFAULT_GOAL := quickstart
 
 # pip runs only when a requirements file is newer than the stamp that the last installation left.
@@ -26,8 +27,9 @@ $(VENV)/.stages: requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+# Most of these files are never imported: compiling them all would take half a minute.
 $(VENV)/.dev: requirements-dev.txt requirements-adapters.txt requirements-ray.txt $(VENV)/.stages
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
 	@touch $@
 
 # Each step keeps what an earlier run of it left, and says so.
@@ -38,7 +40,7 @@ define NEXT_STEPS
 What there is now
   $(QUICK)/report.html       curves, samples, settings, findings: open it in a browser
   $(QUICK)/metrics.jsonl     the same in numbers, a line for every event
-  $(QUICK)/final_model.pt    the last model, which has seen the text 24 times; the samples are its own
+  $(QUICK)/final_model.pt    the last model, which has seen the text 6 times; the samples are its own
   $(QUICK)/best_val_loss.pt  the one with the lowest validation loss; the score is of this one
   $(QUICK)/data              the tokens
 The validation loss first falls below the unigram entropy (both are in the lines of step 2): more than
@@ -55,6 +57,8 @@ endef
 export NEXT_STEPS
 
 quickstart: $(VENV)/.stages
+	@echo "Text becomes tokens, a small GPT learns them on the CPU, is scored, writes, and a page shows how it went:"
+	@echo "three to four minutes on two older cores; once it learns, step 2 says how long that takes here."
 	@echo "== 1. Text becomes tokens"
 	$(PY) fineweb.py --source input.txt --val_fraction 0.1 --out_dir $(QUICK)/data
 	$(PY) fineweb.py --verify --out_dir $(QUICK)/data
@@ -69,9 +73,12 @@ quickstart: $(VENV)/.stages
 	$(PY) -m pretrain.report $(QUICK)
 	@echo "$$NEXT_STEPS"
 
-# Tests are small: one thread each and several at a time beats the other way round.
+setup: $(VENV)/.dev
+
+# Tests are small: one thread each and several at a time beats the other way round. Each process takes
+# a stretch of them, so that few fixtures are made twice; one that is done early helps another.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -81,8 +88,8 @@ lint: $(VENV)/.dev
 # Hours of cases are no hang: the limit on a test's time is off.
 FUZZ_CASES ?= 10000
 fuzz: $(VENV)/.dev
-	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(PY) -m pytest -k fuzz --timeout=0 \
-		--numprocesses auto --maxprocesses 8 --dist loadgroup $(PYTEST_ARGS)
+	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(PY) -m pytest -m hypothesis --timeout=0 \
+		--numprocesses auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 # lm_eval's versions of other packages leave those of this project alone.
 HARNESS := $(VENV)/lm_eval

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain import __version__
 from pretrain.errors import lasting_output, program
-from pretrain.flags import AMOUNT, COUNT, REAL, parse
+from pretrain.flags import AMOUNT, COUNT, REAL, number, parse
 from pretrain.text.source import DRIVERS
 from pretrain.tokens.engines import ENGINES
 from pretrain.tokens.interruption import stopped_by_signals
@@ -60,6 +60,7 @@ what it takes: 2 bytes of disk per token, for the default 20 GB, and 28 GB of ne
   very large: one of more than 50 MB takes up to 30 times its size.
 next: python train_gpt2.py --data_dir FOLDER
 """
+PROCESSES = number(int, minimum=1, maximum=1024)
 
 
 # ---- arguments
@@ -175,10 +176,10 @@ def add_shard_flags(add: Callable[..., Any]) -> None:
 def add_work_flags(add: Callable[..., Any]) -> None:
     add(
         "--num_proc",
-        type=COUNT,
+        type=PROCESSES,
         metavar="N",
-        help="processes that tokenize; 1 is this one, from which gigatoken uses all cores "
-        "(default: 1; with tiktoken one per core, at most 8)",
+        help="processes that tokenize, at most 1,024; 1 is this one, from which gigatoken uses all "
+        "cores (default: 1; with tiktoken one per core, at most 8)",
     )
     add(
         "--tokenizer_backend",

@@ -33,7 +33,7 @@ from pretrain.eval.hellaswag import (
     load_examples,
     load_with_hash,
 )
-from pretrain.flags import COUNT, named_files
+from pretrain.flags import COUNT, named_files, number
 from pretrain.report.known import KNOWN, title
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ def __getattr__(name: str) -> Any:
     from pretrain.eval import scoring
 
     return scoring.Result if name == "Result" else scoring.score_examples
+
+
+POSITIONS = number(int, minimum=1, maximum=2**18)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,8 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="completion: the context as it is, acc_norm by loss per token, as people compare "
              "GPT-2 reproductions; lm-eval: the activity in front, acc_norm by loss per "
              "character, as EleutherAI's harness and most papers have it (default: completion)")
-    add("--batch_tokens", type=COUNT, metavar="N",
-        help="positions in a batch, which bounds the memory (default: 1024 on cpu, 16384 on cuda)")
+    add("--batch_tokens", type=POSITIONS, metavar="N",
+        help="positions in a batch, which bounds the memory; at most 262,144 (default: 1024 on "
+             "cpu, 16384 on cuda)")
     add_device_flags(group, "computation")
     add = parser.add_argument_group("results").add_argument
     add("--output", type=Path, metavar="FILE.json",

@@ -10,6 +10,7 @@ Several texts are separated by a line <|endoftext|>, as in the files that finewe
 
 import argparse
 import contextlib
+import itertools
 import os
 import random
 import sys
@@ -27,6 +28,7 @@ EPILOG = """examples:
   python sample.py --model gpt2 --prompt "Once upon a time" --temperature 0   # the likeliest tokens
   python sample.py --checkpoint runs/small/final_model.pt --prompt_file beginnings.txt > texts.txt
 """
+SIDE_BY_SIDE = number(int, minimum=1, maximum=10_000)
 SHARE_ABOVE_0 = number(float, minimum=5e-324, maximum=1)
 
 
@@ -64,8 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--stream", action=argparse.BooleanOptionalAction, default=None,
         help="print a text while it is written (default: where the output is a terminal)")
-    add("--batch_size", type=COUNT, default=8, metavar="N",
-        help="texts written side by side; more are faster and take more memory (default: 8)")
+    add("--batch_size", type=SIDE_BY_SIDE, default=8, metavar="N",
+        help="texts written side by side, at most 10,000; more are faster and take more memory "
+             "(default: 8)")
     # fmt: on
     add_device_flags(group, "weights")
     return parser
@@ -102,11 +105,11 @@ def run(args: argparse.Namespace) -> None:
     }
 
     def write(prompts: list[str]) -> None:
-        texts = [prompt for prompt in prompts for _ in range(args.num_samples)]
-        for first in range(0, len(texts), args.batch_size):
-            if first:
+        texts = (prompt for prompt in prompts for _ in range(args.num_samples))
+        batches = iter(lambda: list(itertools.islice(texts, args.batch_size)), [])
+        for done, batch in enumerate(batches):
+            if done:
                 print(LINE)
-            batch = texts[first : first + args.batch_size]
             sampling["seed"] = seeds.getrandbits(63)
             steps = stream_texts(model, encoding, batch, args.max_new_tokens, **sampling)
             print_texts(batch, steps, stream)

@@ -198,7 +198,8 @@ def evaluation(
     nor wrapped: the same weights, and any shape; --compile_eval compiles the loss alone."""
     settings, ranks = run.settings, run.ranks
     dtype, autocast = precision(run)
-    score = compiler(model.score) if compiler and settings.compile_eval else None
+    is_compiled = settings.compile_eval and not parallel.is_sharded(settings)
+    score = compiler(model.score) if compiler and is_compiled else None
     tasks = tasks_of(settings, ranks.device) if sets else []
 
     @parallel.gathered(model)

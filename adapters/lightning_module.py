@@ -34,7 +34,7 @@ from adapters.hf_tokenizer import save_tokenizer
 from model import GPT
 from pretrain import weights
 from pretrain.distributed import pick_dtype
-from pretrain.errors import first_line
+from pretrain.errors import reason
 from pretrain.report.runlog import RunLog
 from pretrain.tokens.tokenizer import VOCAB_SIZE
 from pretrain.train.optim import learning_rate as rate_at
@@ -215,7 +215,7 @@ def build_module(args: argparse.Namespace, given: set[str]) -> tuple[BabyGPT, in
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if not args.model:
             raise
-        raise common.AdapterError(f"{args.model}: {first_line(error)}") from None
+        raise common.AdapterError(f"{args.model}: {reason(error)}") from None
     config = module.model.config
     if args.model and (
         config.vocab_size < VOCAB_SIZE or config.max_position_embeddings < block_size

@@ -76,14 +76,20 @@ class Harness:
         from lm_eval.tasks import TaskManager
 
         self.args = args
-        folder = str(args.include_path) if args.include_path else None
-        self.manager = TaskManager(include_path=folder)
         self.tasks = [name for name in args.tasks.split(",") if name]
-        if unknown := [name for name in self.tasks if not self.manager.match_tasks([name])]:
+        folder = str(args.include_path) if args.include_path else None
+        # The harness reads thousands of files to know its own tasks: not where none is asked for.
+        self.manager = TaskManager(include_path=folder, include_defaults=folder is None)
+        if folder and self._unknown():
+            self.manager = TaskManager(include_path=folder)
+        if unknown := self._unknown():
             raise AdapterError(
                 f"--tasks {','.join(unknown)}: not known to the harness; `lm_eval ls tasks` lists"
                 " its tasks, --include_path adds a folder of your own"
             )
+
+    def _unknown(self) -> list[str]:
+        return [name for name in self.tasks if not self.manager.match_tasks([name])]
 
     def score(self, model: "CheckpointModel") -> dict[str, Any]:
         """What the harness reports. Raises UserError where it cannot get a task's data."""

@@ -171,7 +171,7 @@ class Ranks:
         if world_size == 1:
             return cls(rank, world_size, chosen)
         watch = Watch(rank)
-        store = meeting_point(place)
+        store = meeting_point(place, watch)
         watch.within(
             start_seconds(),
             lambda: f"rank {rank}: no connection to all ranks; is one of them gone?",

@@ -13,6 +13,7 @@ its traceback.
 """
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -68,6 +69,15 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
+def reason(error: BaseException) -> str:
+    """What is wrong, for a message that names the file itself.
+
+    >>> reason(FileNotFoundError(2, "No such file or directory", "a.txt"))
+    'No such file or directory'
+    """
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 def without_credentials(text: str) -> str:
     """The text with user names, passwords and signatures taken out of the addresses in it.
 
@@ -101,20 +111,33 @@ def prepare_streams() -> None:
 class _Lasting:
     """A stream whose reader may go away: what is written then is lost, and nobody fails."""
 
-    def __init__(self, stream: Any):
-        self._stream = stream
+    def __init__(self, stream: Any, other: Any = None):
+        """other: where a full disk is said, once."""
+        self._stream, self._other = stream, other
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with self._lost_where_gone():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with self._lost_where_gone():
             self._stream.flush()
+
+    @contextlib.contextmanager
+    def _lost_where_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and self._other:
+                other, self._other = self._other, None
+                with contextlib.suppress(OSError, ValueError):
+                    print(f"warning: standard output: {error.strerror}", file=other, flush=True)
+        except (ValueError, AttributeError):
+            pass
 
     def isatty(self) -> bool:
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -127,7 +150,8 @@ def lasting_output() -> Iterator[None]:
     """For work that must not end because nobody looks on any more: `| head`, a terminal that is
     closed, `>&-`. Its log and its files tell what is no longer shown."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)  # type: ignore[assignment]
+    sys.stderr = _Lasting(sys.stderr)  # type: ignore[assignment]
+    sys.stdout = _Lasting(sys.stdout, sys.stderr)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -155,6 +179,17 @@ def release_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _flush_stdout() -> None:
+    """Have on its way what was printed. Raises OSError."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        release_stdout()  # else the interpreter's own flush ends in another status
+        error.filename = "standard output"
+        raise
+
+
 @contextlib.contextmanager
 def program(
     name: str, is_speaker: Callable[[], bool] = lambda: True, *, less_memory: str = "smaller sizes"
@@ -171,8 +206,7 @@ def program(
     prepare_streams()
     try:
         yield outcome
-        if sys.stdout:
-            sys.stdout.flush()
+        _flush_stdout()
     except UserError as error:
         outcome.status = 1
         if is_speaker() or not error.on_all_ranks:
@@ -187,6 +221,8 @@ def program(
     except OSError as error:
         outcome.status = 1
         say(name, first_line(error))
+        with contextlib.suppress(OSError, ValueError):
+            _flush_stdout()
     except MemoryError:
         outcome.status = 1
         say(name, f"out of memory; give {less_memory}")

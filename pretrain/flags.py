@@ -326,6 +326,7 @@ def number(
             raise argparse.ArgumentTypeError(f"{text} must be at least {minimum:g}{limits}")
         return value
 
+    read.maximum = maximum  # type: ignore[attr-defined]  # for those who write the help
     return read
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # flags are read before torch is loaded, and what they mean d
 
 POLL_SECONDS = 0.05
 WATCH_SECONDS = 0.5  # between two looks of a Watch
+NAME_SECONDS = 30  # until a machine that just starts has its name
 ORPHAN_SECONDS = 60  # for a checkpoint, after torchrun has gone
 
 
@@ -35,18 +36,29 @@ class RankError(UserError):
 
 
 def environment(name: str, default: int) -> int:
-    """A number that torchrun sets: RANK, LOCAL_RANK, WORLD_SIZE. Raises RankError for one that is
-    none."""
+    """A whole number that torchrun sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_PORT), or a number of
+    seconds of this program's (PRETRAIN_...). Raises RankError for one that is none."""
     text = os.environ.get(name, "").strip()
     if not text:
         return default
     number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
-    if number < (1 if name == "WORLD_SIZE" else 0):
-        raise RankError(
-            f"{name}={text!r}: not what torchrun sets; start with torchrun, or unset it to run one"
-            " process alone"
-        )
+    if number < (0 if name.endswith("RANK") or name.endswith("COUNT") else 1):
+        raise _odd(name, text)
     return number
+
+
+def _odd(name: str, text: str) -> RankError:
+    error = RankError(f"{name}={text[:80]!r}: {_expected(name)}")
+    error.on_all_ranks = not name.endswith("RANK")
+    return error
+
+
+def _expected(name: str) -> str:
+    if name == "MASTER_PORT":
+        return "not a port from 1 to 65535; choose a free one, or start with torchrun, which does"
+    if name.startswith("PRETRAIN_"):
+        return "not a whole number of seconds from 1 on"
+    return "not what torchrun sets; start with torchrun, or unset it to run one process alone"
 
 
 def start_seconds() -> int:
@@ -83,12 +95,15 @@ class Place:
             raise RankError(f"RANK={rank}: not below WORLD_SIZE={world_size}; start with torchrun")
         if world_size == 1:
             return cls()
-        address, port = os.environ.get("MASTER_ADDR", ""), environment("MASTER_PORT", 0)
-        if not address or not 0 < port < 2**16:
+        address, port = os.environ.get("MASTER_ADDR", "").strip(), environment("MASTER_PORT", 0)
+        if not address or not port:
+            unset = "MASTER_PORT" if address else "MASTER_ADDR"
             raise RankError(
-                f"WORLD_SIZE={world_size} needs MASTER_ADDR and a MASTER_PORT from 1 to 65535, not"
-                f" {address!r} and {port}; start with torchrun, which sets them"
+                f"WORLD_SIZE={world_size} needs {unset}, which is not set; start with torchrun,"
+                " which sets it"
             )
+        if port >= 2**16:
+            raise _odd("MASTER_PORT", str(port))
         names = (os.environ.get(name) for name in ("GROUP_RANK", "SLURM_NODEID"))
         node = next((name for name in names if name), socket.gethostname())
         # torchrun gives each worker a file in a folder of this very start and attempt.
@@ -109,23 +124,31 @@ def connect(place: Place) -> "Store":
 
     where = f"{place.address}:{place.port}"
     is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosts = place.rank == 0 and not is_agents
     try:
-        if is_agents:  # it was there before us: when nobody listens now, it will not come back
-            socket.create_connection((place.address, place.port), start_seconds()).close()
+        # torch would fill the screen with its own calls before it says that nobody is there.
+        if hosts:
+            socket.getaddrinfo(place.address, place.port)
+        else:
+            _await_listener(place, patient=not is_agents)
         return TCPStore(
             place.address,
             place.port,
-            is_master=place.rank == 0 and not is_agents,
+            is_master=hosts,
             timeout=timedelta(seconds=start_seconds()),
             wait_for_workers=False,
             multi_tenant=True,
         )
-    except ConnectionRefusedError:
+    except (socket.gaierror, UnicodeError) as error:  # the latter: a label of 64 characters
         raise RankError(
-            f"rank {place.rank}: the torchrun that listened on {where} is gone"
+            f"rank {place.rank}: MASTER_ADDR={place.address[:80]!r} is no name or address that is"
+            f" known here ({first_line(error)})"
         ) from None
+    except ConnectionRefusedError:
+        gone = f"the torchrun that listened on {where} is gone"
+        silent = f"nobody answers at {where}: is rank 0 started?"
+        raise RankError(f"rank {place.rank}: {gone if is_agents else silent}") from None
     except (OSError, RuntimeError) as error:  # torch's DistNetworkError is a RuntimeError
-        hosts = place.rank == 0 and not is_agents
         problem = "cannot listen on" if hosts else "nobody answers at"
         way_out = "take another MASTER_PORT" if hosts else "is rank 0 started?"
         raise RankError(
@@ -133,7 +156,23 @@ def connect(place: Place) -> "Store":
         ) from None
 
 
-def meeting_point(place: Place) -> "Store":
+def _await_listener(place: Place, *, patient: bool) -> None:
+    """Return once somebody listens at place.address. patient: rank 0 may start after this rank, and
+    its name be known later still; torchrun was there before: it will not come back. Raises
+    OSError."""
+    begun = time.monotonic()
+    while True:
+        try:
+            socket.create_connection((place.address, place.port), start_seconds()).close()
+            return
+        except OSError as error:
+            limit = NAME_SECONDS if isinstance(error, socket.gaierror) else start_seconds()
+            if not patient or time.monotonic() - begun > min(limit, start_seconds()):
+                raise
+        time.sleep(4 * POLL_SECONDS)
+
+
+def meeting_point(place: Place, watch: "Watch | None" = None) -> "Store":
     """A key-value store that holds nothing but what these processes write to it.
 
     The one that torchrun keeps for its workers outlives them, so that after a restart a process may
@@ -143,11 +182,21 @@ def meeting_point(place: Place) -> "Store":
     that lives. On the first rank's machine only those of the same start are heard: a rank that has
     outlived its torchrun may meet the next one's store, at the same port.
 
-    Raises RankError that names the ranks which have not come within start_seconds().
+    watch: ends this process where another program listens at the address and never answers, for
+    which torch's store waits without a limit. Raises RankError that names the ranks which have not
+    come within start_seconds().
     """
     from torch.distributed import PrefixStore
 
+    if watch:
+        foreign = (
+            f"rank {place.rank}: what listens on {place.address}:{place.port} does not answer as"
+            " torchrun or rank 0 does; take another MASTER_PORT"
+        )
+        watch.within(1.1 * start_seconds() + 2, lambda: foreign)
     store = connect(place)
+    if watch:
+        watch.relax()
     deadline = time.monotonic() + start_seconds()
     name = uuid.uuid4().hex
     try:

@@ -1,17 +1,16 @@
-"""What all tests share: one thread each, how many cases a fuzz test draws, and libraries that are
-quiet."""
+"""What all tests share: one thread each, long ones first, and libraries that are quiet."""
 
 import os
 
 import pytest
-from hypothesis import settings
 
 # Tests are small: several threads would wait for each other, which keeps all cores busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if cases := os.environ.get("FUZZ_CASES"):  # make fuzz
-    settings.register_profile("fuzz", max_examples=int(cases), deadline=None)
-    settings.load_profile("fuzz")
+
+def pytest_collection_modifyitems(items):
+    """Long tests come first: one that came last would run alone while other cores are idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True, scope="session")

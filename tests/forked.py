@@ -101,6 +101,7 @@ def ask(imports, *, environment, files, **about):
     """The pid of a new child of this process, forked by the server of this environment."""
     with _asking:
         channel, _ = server(environment, imports)
+        answer = b""
         adopt(True)
         try:
             message = json.dumps(about | {"environment": environment}).encode()
@@ -108,6 +109,9 @@ def ask(imports, *, environment, files, **about):
             answer = channel.recv(100)
         finally:
             adopt(False)
+            if not answer:  # a test's time was over: the next is not to get this answer
+                channel.close()
+                del _servers[read_at_start(environment, imports)]
     if not answer:
         raise RuntimeError("the server of forks is gone")
     return int(answer)

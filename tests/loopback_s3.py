@@ -20,6 +20,7 @@ program's steps; what it raises closes the connection.
 
 import contextlib
 import http.client
+import logging
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,6 +32,7 @@ class LoopbackS3:
     def __enter__(self) -> "LoopbackS3":
         from moto.server import ThreadedMotoServer
 
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self.moto.start()
         self.behind = self.moto.get_host_and_port()

@@ -1,6 +1,9 @@
 """The net around every program: what it advises can be done."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,11 @@ import hellaswag
 import sample
 import train_gpt2
 from adapters import common, huggingface
-from pretrain.errors import program
+from pretrain.errors import lasting_output, program, reason
 from pretrain.tokens import command
 from pretrain.train import settings
 
+ROOT = Path(__file__).parents[1]
 PROGRAMS = {
     "fineweb": (fineweb, (command, "run"), fineweb.make_parser, ["--source", "text.txt"]),
     "hellaswag": (hellaswag, (hellaswag, "run"), hellaswag.build_parser, []),
@@ -106,3 +110,33 @@ def test_a_folder_whose_configuration_is_none_is_not_pushed(config, tmp_path, ca
     assert huggingface.main(["push", str(tmp_path), "somebody/model"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "is not that of a GPT-2" in error
+
+
+def test_a_full_disk_behind_stdout_is_called_so():
+    script = (
+        "from pretrain.errors import program\n"
+        "with program('x.py') as outcome: print('line')\n"
+        "raise SystemExit(outcome.status)"
+    )
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", script]
+        pipes = {"stdout": full, "stderr": subprocess.PIPE, "text": True}
+        buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+        done = subprocess.run(command, cwd=ROOT, env=buffered, check=False, **pipes)
+    assert done.returncode == 1
+    assert done.stderr == "x.py: error: standard output: No space left on device\n"
+
+
+def test_work_that_lasts_says_once_that_the_disk_behind_stdout_is_full(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115 (closing it fails)
+    with lasting_output():
+        for _ in range(3):
+            print("a line", flush=True)
+    assert capsys.readouterr().err == "warning: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied", "a/b"), ValueError("no")]
+)
+def test_a_reason_is_for_messages_that_name_the_file_themselves(error):
+    assert reason(error) in ("Permission denied", "no")

@@ -23,39 +23,12 @@ ITEMS = ROOT / "tests" / "data" / "hellaswag_items.jsonl"
 (SWEEP, *_) = re.findall(
     r"```sh\n(.*?)```", (ROOT / "docs/experiments.md").read_text(encoding="utf-8"), re.DOTALL
 )
-TINY = [
-    "--n_layer",
-    "1",
-    "--n_head",
-    "2",
-    "--n_embd",
-    "8",
-    "--block_size",
-    "16",
-    "--stride",
-    "16",
-    "--batch_size",
-    "2",
-    "--max_iters",
-    "4",
-    "--warmup_iters",
-    "1",
-    "--lr_decay_iters",
-    "4",
-    "--eval_interval",
-    "2",
-    "--eval_iters",
-    "1",
-    "--log_interval",
-    "1",
-    "--no-hellaswag",
-    "--sample_interval",
-    "0",
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-]
+SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "stride": 16, "batch_size": 2}
+LENGTH = {"max_iters": 4, "warmup_iters": 1, "lr_decay_iters": 4, "eval_interval": 2}
+OTHERS = {"eval_iters": 1, "log_interval": 1, "sample_interval": 0, "hellaswag": False}
+PLACE = {"device": "cpu", "dtype": "float32"}
+SETTINGS = SIZES | LENGTH | OTHERS | PLACE
+TINY = [f"--{name}={value}" for name, value in SETTINGS.items()]
 
 
 @pytest.fixture(scope="module")

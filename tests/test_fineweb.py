@@ -855,10 +855,16 @@ def test_a_hub_that_is_gone_ends_in_one_line_and_a_rerun_goes_on_at_its_commit(
     assert "--dataset was HuggingFaceFW/fineweb-edu" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["s3://bucket/x", "gs://bucket/x", "hf://datasets/a/b"])
-def test_a_store_as_out_dir_is_refused_and_makes_no_folder(tmp_path, where):
+@pytest.mark.parametrize("where", ["hf://datasets/a/b", "ftp://host/x", "gs://bucket/x"])
+def test_an_out_dir_in_no_store_that_is_known_is_refused_and_makes_no_folder(
+    tmp_path, monkeypatch, capsys, where
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     (tmp_path / "a.txt").write_text("The mill.")
-    command = [sys.executable, ROOT / "fineweb.py", "--source", "a.txt", "--out_dir", where]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "or to s3://, gs:// or az://" in done.stderr
+    try:
+        assert fineweb.main(["--source", "a.txt", "--out_dir", where]) == 1
+        assert "requirements-stores.txt, or pip install gcsfs" in capsys.readouterr().err
+    except SystemExit as ended:
+        assert ended.code == 2 and "or to s3://, gs:// or az://" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

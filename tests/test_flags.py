@@ -2,7 +2,11 @@ import argparse
 
 import pytest
 
-from pretrain.flags import number, parse
+import fineweb
+import hellaswag
+import sample
+from pretrain.flags import LARGEST, number, parse
+from pretrain.train import arguments
 
 
 @pytest.fixture
@@ -81,3 +85,33 @@ def test_numbers_out_of_range_are_refused(parser, text):
     assert len(problems) == 1 and problems[0].startswith("--dropout: ")
     _, _, problems = parse(parser, [f"--batch_size={text}"])
     assert len(problems) == 1 and problems[0].startswith("--batch_size: ")
+
+
+PARSERS = {
+    "train_gpt2.py": arguments.build_parser,
+    "fineweb.py": fineweb.make_parser,
+    "hellaswag.py": hellaswag.build_parser,
+    "sample.py": sample.build_parser,
+}
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_a_limit_of_a_flag_stands_in_its_help(name):
+    for action in PARSERS[name]()._actions:
+        limit = getattr(action.type, "maximum", 1)
+        if 1 < limit < min(LARGEST, 1e12):  # below what a whole number or a float can be
+            assert f"at most {limit:,}" in action.help, action.option_strings
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "limit"),
+    [
+        ("hellaswag.py", ["--batch_tokens", "1000000000000"], "262,144"),
+        ("sample.py", ["--batch_size", "1000000000000"], "10,000"),
+        ("train_gpt2.py", ["--sample_tokens", "100001"], "100,000"),
+        ("fineweb.py", ["--num_proc", "1000000"], "1,024"),
+    ],
+)
+def test_a_size_that_no_machine_holds_is_refused_before_anything_is_read(name, words, limit):
+    _, _, problems = parse(PARSERS[name](), words)
+    assert len(problems) == 1 and problems[0].startswith(words[0]) and limit in problems[0]

@@ -193,7 +193,7 @@ def test_every_import_of_the_product_is_required():
     """Third-party modules that a source names, by the names under which they are installed."""
     installed_as = {"yaml": "pyyaml", "PIL": "pillow"}
     # Those that come with a requirement, and what is imported only where somebody installed it.
-    allowed = {"urllib3", "tiktoken-ext", "torchmetrics", "fsspec"}
+    allowed = {"urllib3", "tiktoken-ext", "torchmetrics", "fsspec", "trackio"}
     groups = PROJECT["project"]["optional-dependencies"]
     known = set(requirements(PROJECT["project"]["dependencies"])) | allowed
     for extra in groups.values():

@@ -75,7 +75,7 @@ def test_no_line_of_a_page_is_longer_than_120_characters(name):
 
 
 def test_every_page_under_docs_is_reached_from_readme():
-    reached = set(re.findall(r"\]\((docs/[\w./-]+)\)", README))
+    reached = set(re.findall(r"\]\((docs/[\w./-]+\.md)\)", README))
     assert reached == {name for name in PAGES if name.startswith("docs/")}
 
 

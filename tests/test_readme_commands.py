@@ -27,10 +27,13 @@ from torch.distributed.run import get_args_parser
 from upload_hub import UploadHub
 
 import fineweb
+from adapters import lm_eval
 from model import GPT, GPTConfig
+from pretrain import flags
 from pretrain.train.settings import from_command_line
 
-pytestmark = pytest.mark.timeout(900)  # whole programs, one after the other
+# Whole programs, one after the other.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ITEMS = "tests/data/hellaswag_items.jsonl"
 COPIED = (
     "fineweb.py",
@@ -75,7 +78,9 @@ PARSED = {
     "docs/many-machines.md": "",
     "docs/many-gpus.md": "",
     "docs/object-stores.md": "",
+    "docs/gpus.md": "",
     "docs/changing-the-model.md": "benchmarks/",
+    "docs/other-tools.md": "adapters.lm_eval",  # whose tasks are data sets of the Hub
 }
 
 
@@ -207,6 +212,8 @@ def parse(words):
         assert words[1] == "start" and words[2].split("=")[0] in ("--head", "--address")
     elif words[1] == "train_gpt2.py":
         assert from_command_line(words[2:]) is not None
+    elif words[1:3] == ["-m", "adapters.lm_eval"]:
+        assert flags.parse(lm_eval.build_parser(), words[3:])[2] == []
     elif words[1] == "fineweb.py":
         fineweb.parse_args(words[2:])  # ends the process where something is wrong
     else:

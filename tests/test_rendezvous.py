@@ -30,10 +30,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
         ({"WORLD_SIZE": "1e3"}, "WORLD_SIZE='1e3'"),
         ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE='9"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
-        ({"MASTER_PORT": "65536"}, "needs MASTER_ADDR and a MASTER_PORT from 1 to 65535"),
-        ({"MASTER_PORT": ""}, "needs MASTER_ADDR and a MASTER_PORT"),
-        ({"MASTER_ADDR": ""}, "needs MASTER_ADDR"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http': not a port from 1 to 65535"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT='65536': not a port from 1 to 65535"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT='0': not a port from 1 to 65535"),
+        ({"MASTER_PORT": "29 500"}, "MASTER_PORT='29 500': not a port from 1 to 65535"),
+        ({"MASTER_PORT": ""}, "needs MASTER_PORT, which is not set"),
+        ({"MASTER_ADDR": " "}, "needs MASTER_ADDR, which is not set"),
     ],
 )
 def test_variables_that_torchrun_would_not_set_are_named(variables, message, monkeypatch):
@@ -43,6 +45,13 @@ def test_variables_that_torchrun_would_not_set_are_named(variables, message, mon
     with pytest.raises(RankError) as error:
         Place.from_environment()
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "1.5", "9" * 5000])
+def test_a_limit_in_seconds_that_is_none_is_named(text, monkeypatch):
+    monkeypatch.setenv("PRETRAIN_HANG_SECONDS", text)
+    with pytest.raises(RankError, match=r"PRETRAIN_HANG_SECONDS='.*': not a whole number of sec"):
+        rendezvous.hang_seconds()
 
 
 def test_an_empty_variable_is_none(monkeypatch):
@@ -118,6 +127,23 @@ def test_a_port_that_is_taken_is_one_line(alone):
         other.listen()
         (outcome,) = meet(alone)
     assert "rank 0: cannot listen on" in outcome and "take another MASTER_PORT" in outcome
+
+
+@pytest.mark.parametrize("address", ["nowhere.invalid", "a" * 64, "256.1.1.1", "two words"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_address_that_is_none_is_named_soon(alone, rank, address, capfd):
+    t0 = time.monotonic()
+    (outcome,) = meet(replace(alone, rank=rank, address=address))
+    assert f"rank {rank}: MASTER_ADDR='{address}' is no name or address" in outcome
+    assert time.monotonic() - t0 < 15
+    assert "frame" not in capfd.readouterr().err  # torch's calls
+
+
+def test_a_rank_that_comes_before_rank_0_finds_it(alone, capfd):
+    early, first = meet(replace(alone, rank=1), alone)
+    first.set("said", "by 0")
+    assert early.get("said") == b"by 0"
+    assert not capfd.readouterr().err
 
 
 def test_when_torchruns_store_is_gone_nobody_waits_for_it(alone, monkeypatch):
@@ -221,6 +247,22 @@ def start_by_hand(script, **variables):
         )
         for rank in range(2)
     ]
+
+
+def test_a_port_where_another_program_listens_ends_every_rank_in_time(tmp_path):
+    import socket
+
+    with socket.socket() as other:  # takes connections and never answers
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        script = write_worker(tmp_path, "start")
+        processes = start_by_hand(script, MASTER_PORT=port, PRETRAIN_START_SECONDS="2")
+        said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    for rank, what in enumerate(["cannot listen on", "what listens on"]):
+        assert f"rank {rank}: {what} 127.0.0.1:{port}" in said[rank]
+        assert "take another MASTER_PORT" in said[rank] and said[rank].count("\n") == 1
 
 
 @pytest.mark.parametrize("how", ["sleeps", "stopped"])

@@ -609,6 +609,9 @@ def test_a_full_disk_keeps_the_checkpoints_there_are_and_the_run_goes_on(flags, 
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capfd.readouterr().err
     assert re.search(r"warning: .*iter-8-.*not saved.*earlier checkpoints are untouched", error)
+    assert error.splitlines()[-1].startswith(f"train_gpt2.py: error: {tmp_path}: the end of this")
+    assert error.count(f"{tmp_path}/final_model.pt") == 1  # names are said once
+    assert records(tmp_path, "stop")[-1]["reason"].startswith("CheckpointError: ")
     assert [r["step"] for r in records(tmp_path, "train")] == list(range(1, 10)), (
         "it trained on, and logged"
     )

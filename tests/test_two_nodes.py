@@ -13,6 +13,7 @@ from tiny_runs import logged
 import train_gpt2
 from pretrain.report.runlog import read_log
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 TEXT = "\n<|endoftext|>\n".join(
     f"The mill by the river has {n} wheels, and each of them turns {n * n} times."

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.errors import UserError, first_line
+from pretrain.errors import UserError, reason
 
 if TYPE_CHECKING:
     from pretrain.eval.choices import Item
@@ -140,8 +140,7 @@ def _read(path: str | Path) -> bytes:
         with gzip.open(path, "rb") if zipped else open(path, "rb") as file:
             data = file.read(LARGEST_FILE + 1)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise HellaSwagError(f"{path}: {reason}") from None
+        raise HellaSwagError(f"{path}: {reason(error)}") from None
     if len(data) > LARGEST_FILE:
         raise HellaSwagError(
             f"{path}: more than {LARGEST_FILE / 1e9:.0f} GB of text; not HellaSwag"

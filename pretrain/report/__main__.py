@@ -165,8 +165,12 @@ def write_report(runs: list[Run], found: list[tuple[Run, Finding]], page: Path) 
         for path, data in contents.items():  # a full disk shows before anything has its name
             part = path.with_name(f".{path.name}.new")
             written.append((part, path))
-            with files.atomic_write(part) as file:
-                file.write(data)
+            try:
+                with files.atomic_write(part) as file:
+                    file.write(data)
+            except OSError as error:
+                error.filename = str(path)  # as its user calls it
+                raise
         for part, path in written:
             files.publish(part, path)
     finally:

@@ -21,6 +21,8 @@ from pretrain.report.runs import Run, column, headline, number, task_results
 
 # Settings that differ between any two runs and tell nothing of them.
 OWN = ("out_dir", "resumed_from", "config", "resume", "git_revision", "git_changed", "data_dir")
+# What follows from flags that differ, and would say it a second time.
+DERIVED = ("last_learning_rate", "max_tokens", "steps_per_epoch")
 LEFT_OUT = (
     *("versions.", "memory.", "flags.async_save"),
     *("flags.wandb", "flags.tensorboard", "flags.trackio"),
@@ -114,7 +116,7 @@ def differing(runs: list[Run]) -> list[str]:
     names = dict.fromkeys(name for run in runs for name in run.config)
     found = []
     for name in sorted(names, key=lambda name: not name.startswith("flags.")):
-        own = name.rsplit(".", 1)[-1] in OWN or name.startswith(LEFT_OUT)
+        own = name.rsplit(".", 1)[-1] in OWN + DERIVED or name.startswith(LEFT_OUT)
         values = {shown(run.config[name]) for run in runs if name in run.config}
         if not own and len(values) > 1:
             found.append(name)

@@ -77,7 +77,7 @@
       this.buttons = { logX: this.button("log x"), logY: this.button("log y"), whole: this.button("whole") };
       for (const name of ["logX", "logY"]) this.buttons[name].onclick = () => this.show({ [name]: !this.view[name] });
       this.buttons.whole.onclick = () => this.show({ from: null, to: null });
-      figure.querySelector("h3").append(html("span", "tools", ...Object.values(this.buttons)));
+      figure.querySelector(".head").append(html("span", "tools", ...Object.values(this.buttons)));
       new ResizeObserver(() => this.box.clientWidth !== this.width && this.draw()).observe(this.box);
       this.draw();
     }

@@ -250,7 +250,7 @@ def _picture(plot: Plot, names: list[str]) -> str:
     ]
     return (
         f'<figure class="card{" wide" if plot.is_wide else ""}" id="plot-{escape(plot.name)}">'
-        f"<h3>{escape(plot.title)}</h3><picture>{others}"
+        f'<div class="head"><h3>{escape(plot.title)}</h3></div><picture>{others}'
         f'<img alt="{escape(values.alt_text(plot, names))}" width="{width}" height="{height}"'
         f' src="{_data(shown)}"></picture>'
         f"{_sources(plot)}<figcaption>{escape(plot.caption)}</figcaption>"

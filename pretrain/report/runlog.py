@@ -88,6 +88,16 @@ class RunLog:
                 print(f"warning: {type(tracker).__name__} is left out: {error}", file=sys.stderr)
         return record
 
+    def close(self, step: int, error: BaseException | None = None) -> None:
+        """End the log. An exception that ends the run is its last record; lines that found no room
+        are lost now, and that is said."""
+        if isinstance(error, Exception):
+            reason = getattr(error, "reason", type(error).__name__)
+            self.write("stop", step=step, reason=f"{reason}: {error}")
+        if lost := len(self._pending.strip().splitlines()):
+            self._pending = b""
+            print(f"warning: {self.path}: no room for its last {lost} lines", file=sys.stderr)
+
     def follow(self, tracker: Any) -> None:
         """From now on tracker.write gets every record too; see pretrain/report/trackers.py."""
         self._trackers.append(tracker)
@@ -263,11 +273,11 @@ def eval_values(
 
 def _memory(parts: dict[str, int], processes: int) -> str:
     """Bytes by what they are for, and their "total", as a line: those that count in GB."""
+    total = parts["total"]
+    size = f"{total / 1e9:.1f} GB" if total >= 1e9 else f"{total / 1e6:.0f} MB"
     listed = [f"{k} {v / 1e9:.1f}" for k, v in parts.items() if k != "total" and v >= 5e7]
-    where = " in each process" if processes > 1 else ""
-    return (
-        f"at least {parts['total'] / 1e9:.1f} GB{where}" + ": " * bool(listed) + ", ".join(listed)
-    )
+    detail = f": {', '.join(listed)}" if listed and total >= 1e9 else ""
+    return f"at least {size}{' in each process' * (processes > 1)}{detail}"
 
 
 def perplexity(loss: float) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pretrain import files
-from pretrain.errors import UserError, first_line
+from pretrain.errors import UserError, reason
 from pretrain.report.runlog import FILE_NAME, last_per_step, read_log
 from pretrain.report.schema import Record, clean, flat, is_regular, loads, number, text
 
@@ -63,7 +63,7 @@ class Run:
             message = f"{folder}: no {FILE_NAME} there; give the --out_dir of a training run"
             raise RunError(message) from None
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-            raise RunError(f"{text(path)}: {first_line(error)}") from None
+            raise RunError(f"{text(path)}: {reason(error)}") from None
         if not records:
             raise RunError(f"{path}: no readable line in it (yet); it is written by train_gpt2.py")
         valid = _not_superseded(records)

@@ -31,7 +31,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pretrain.errors import first_line
+from pretrain.errors import first_line, reason
 from pretrain.text import addresses, folders, foreign
 from pretrain.text.columns import Chosen, split
 from pretrain.text.readers import READABLE, format_of, reader_of
@@ -353,7 +353,7 @@ def _damage(error: Exception, source: Source, file: File) -> str:
     import pyarrow as pa
 
     if isinstance(error, OSError) and error.errno:  # the system's word, not the file's fault
-        return error.strerror or first_line(error)
+        return reason(error)
     said = first_line(error).rstrip(".")
     if "crypt" in said.lower():
         return "is encrypted; write it anew without encryption"

@@ -16,6 +16,8 @@ from typing import Any
 from pretrain.text.source import DRIVERS, File, Patience, SourceError
 
 CHUNK = 1 << 16  # stored bytes of a .gz file that are decompressed at a time
+LARGEST_FREELY = 1 << 24  # bytes that a file may inflate to, however small it is
+LARGEST_RATIO = 200  # bytes from each stored one beyond that
 HEAD = 1 << 10  # bytes from which foreign files are recognized
 
 
@@ -84,16 +86,39 @@ def head(file: File, patience: Patience) -> bytes:
 
 
 def decompressed(stored: Any, file: File) -> Any:
-    """What a compressed file holds. Damage in it raises OSError when it is met."""
+    """What a compressed file holds. Damage in it raises OSError when it is met, and a size that
+    text does not inflate to SourceError."""
     import pyarrow as pa
 
     if file.size == 0:
         raise OSError("no bytes in it")
-    return (
+    stream = (
         GzipStream(stored)
         if file.compression == "gzip"
         else pa.CompressedInputStream(stored, file.compression)
     )
+    return Inflated(stream, stored, file)
+
+
+class Inflated:
+    """A decompressed stream that ends where a small file becomes a large one: gzip can make a
+    thousand bytes of one, zstd ten thousand, and text, even repetitive, some tens."""
+
+    def __init__(self, stream: Any, stored: Any, file: File):
+        self._stream, self._stored, self._file = stream, stored, file
+        self._size = 0
+
+    def read(self, n: int) -> bytes:
+        """n bytes, fewer only at the end. Raises OSError, SourceError."""
+        data = self._stream.read(n)
+        self._size += len(data)
+        if self._size > LARGEST_FREELY and self._size > LARGEST_RATIO * self._stored.tell():
+            unpack = "gzip -d" if self._file.compression == "gzip" else "zstd -d"
+            raise SourceError(
+                f"{self._file.path}: inflates to more than {LARGEST_RATIO} times its size, as no"
+                f" text does; if it is meant so, decompress it first ({unpack})"
+            )
+        return data
 
 
 class GzipStream:

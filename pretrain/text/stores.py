@@ -64,6 +64,11 @@ class Entry:
     tag: str | None
 
 
+def require_driver(address: str) -> None:
+    """Raise SourceError where the driver of a store is not installed or finds itself misled."""
+    _system(address.partition("://")[0], os.getpid())
+
+
 def look(address: str, patience: Patience | None = None) -> Entry:
     """What is at an address. Raises Missing, also for what is a folder; SourceError."""
     found = _retried(address, patience, lambda seconds: _once(address, seconds, "info"))

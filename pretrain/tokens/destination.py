@@ -81,6 +81,7 @@ class StoreDestination(Destination):
                 self._fetch(with_shard=False)
                 yield self
             return
+        stores.require_driver(self.address)
         self.folder.mkdir(parents=True, exist_ok=True)
         problem = f"{self.address}: another process of this machine is writing there; wait for it"
         with lock(self.folder / LOCK, problem):

@@ -116,6 +116,8 @@ class Manifest:
             if len(text) > LARGEST_BYTES:
                 raise ValueError(f"larger than {LARGEST_BYTES >> 20} MiB")
             record = json.loads(text.decode("utf-8"), parse_constant=_no_constant)
+            if b"\\ud" in text.lower():  # half a pair of surrogates is no text: UnicodeEncodeError
+                json.dumps(record, ensure_ascii=False).encode()
             _check_record(record)
         except _OtherVersion:
             raise ShardError(

@@ -92,12 +92,10 @@ class ConsoleProgress(Callbacks):
         if self.bar.disable and self.t0 + seconds > self.line_at:
             self.line_at += LINE_SECONDS
             done, rate = self.before + self.tokens, self.tokens / seconds
-            minutes = max(0, self.bar.total - done) / rate / 60
+            left = max(0, self.bar.total - done)
+            minutes = f"{left / rate / 60:.1f} min left" if rate else "no document yet"
             of = f"{done:,} of about {rounded(self.bar.total)} tokens"
-            print(
-                f"{self.what}: {of}, {rounded(rate)} tokens/s, {state}, {minutes:.1f} min left",
-                flush=True,
-            )
+            print(f"{self.what}: {of}, {rounded(rate)} tokens/s, {state}, {minutes}", flush=True)
 
     def total_tokens(self) -> int:
         """All tokens there will be: first the estimate, then from the tokens per stored byte so

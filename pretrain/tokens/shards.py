@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pretrain.errors import first_line
+from pretrain.errors import first_line, reason
 from pretrain.files import atomic_write, temporary_name
 from pretrain.tokens.formats import (
     TOKEN,
@@ -155,8 +155,7 @@ def _opened(path: str | Path) -> Iterator[IO[bytes]]:
     except FileNotFoundError:
         raise ShardError(f"{path}: no such shard; build it again with fineweb.py") from None
     except OSError as error:
-        problem = error.strerror or first_line(error)
-        raise ShardError(f"{path}: cannot be read: {problem}") from None
+        raise ShardError(f"{path}: cannot be read: {reason(error)}") from None
 
 
 def open_shard(path: str | Path) -> np.ndarray:

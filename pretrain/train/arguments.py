@@ -3,10 +3,11 @@
 import argparse
 from typing import Any
 
-from pretrain.flags import AMOUNT, COUNT, REAL, SEED, SHARE, Gather
+from pretrain.flags import AMOUNT, COUNT, REAL, SEED, SHARE, Gather, number
 from pretrain.tokens.shards import DEFAULT_DATA_DIR
 from pretrain.train.mixture import is_mixture
 
+SAMPLED = number(int, minimum=1, maximum=100_000)
 MODELS = ("gpt2", "modern")  # pretrain.models.ARCHITECTURES, named without loading torch
 COMPILE_MODES = ("default", "max-autotune")  # pretrain.train.speed.MODES
 ATTENTION = ("auto", "flash", "cudnn", "flash3", "flash4", "efficient", "math")
@@ -166,7 +167,8 @@ def build_parser() -> argparse.ArgumentParser:
              "the 50 likeliest tokens (%(default)s: at each but that of step 0; 0: never)")
     add("--sample_prompt", default="Hello, I'm a language model,", metavar="TEXT",
         help='what it continues; "" begins a document (%(default)r)')
-    add("--sample_tokens", type=COUNT, default=40, metavar="N", help="tokens it adds (%(default)s)")
+    add("--sample_tokens", type=SAMPLED, default=40, metavar="N",
+        help="tokens it adds, at most 100,000, since training waits for them (%(default)s)")
     add = parser.add_argument_group("weights of sequences").add_argument
     add("--key_tokens", metavar="FILE",
         help="train on the mean over sequences of A x (1 + number of key tokens in it) x (mean "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.train import checkpoint as checkpoints
-from pretrain.train.checkpoint import BEST
+from pretrain.train.checkpoint import BEST, iter_name
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,16 @@ def reconcile(
         problem = f"{lost} any more; {BEST} is that of step {best['step']:,} now"
     checkpoints.link(holders[0], out_dir / BEST)
     return record, problem
+
+
+def link_best(out_dir: Path, record: Record) -> None:
+    """best_val_loss.pt as the record says, once the iter-* that it points at is saved. Where that
+    could not be linked before, it is now. Raises CheckpointError, OSError."""
+    path, link = out_dir / iter_name(record.best_step, record.best_val_loss), out_dir / BEST
+    if not path.exists():  # it was pruned, and the link is all that there is of it
+        return
+    if not link.exists() or link.stat().st_mtime_ns < path.stat().st_mtime_ns:
+        checkpoints.link(path, link)
 
 
 def _candidates(folder: Path, checkpoint: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:

@@ -10,6 +10,7 @@ step.
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -22,14 +23,21 @@ from typing import Any, TextIO
 import torch
 
 from pretrain import files, weights
-from pretrain.errors import CheckpointError, first_line
+from pretrain.errors import CheckpointError, reason
+from pretrain.rendezvous import environment
 from pretrain.train.schema import problem_in
 from pretrain.weights import BEST, FINAL
 
 FORMAT = 1
 RESUME = "resume.pt"
+# What only a run's checkpoints are called.
+OWN = re.compile(r"(iter-.*|resume|best_val_loss|final_model)\.pt")
 # What a save that was killed leaves behind. Anything else with a dot and .tmp is somebody's own.
 LEFTOVER = re.compile(r"\.(.+\.pt|config\.json)\.tmp")
+CANNOT_BE_READ = (
+    "{path}: cannot be read: {reason}. Nothing was changed; make it readable, or move it away to go"
+    " on without it"
+)
 # Flags that decide what a run trains, and on what.
 SHAPING = (
     *("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout", "init_from"),
@@ -79,7 +87,28 @@ def save(path: str | Path, checkpoint: dict[str, Any]) -> None:
         cause = error if isinstance(error, OSError) else error.__context__ or error
         kept = any(Path(path).absolute().parent.glob("*.pt"))
         state = "earlier checkpoints are untouched" if kept else "so far nothing of the run is"
-        raise CheckpointError(f"{path}: not saved ({first_line(cause)}); {state}") from None
+        raise CheckpointError(f"{path}: not saved ({reason(cause)}); {state}") from None
+
+
+def refuse_here(out_dir: Path, rank: int) -> None:
+    """rank: 0, or that of a process on another machine than rank 0's, whose disk holds no run. Here
+    may be one, if torchrun has put the machines in another order than last time: not to be begun
+    anew. Raises CheckpointError."""
+    if rank and (found := sorted(out_dir.glob("*.pt"))):
+        raise CheckpointError(
+            f"{found[0]}: on the disk of rank {rank}'s machine, while rank 0 reads and writes the"
+            " run: start that machine first, or copy the folder to rank 0's"
+        )
+
+
+def end_not_saved(out_dir: Path) -> CheckpointError:
+    """What a run ends with that could not save its end, on every rank; why not was said before."""
+    error = CheckpointError(
+        f"{out_dir}: the end of this run is not saved, and updates are lost; make room, and the"
+        " same command makes them anew"
+    )
+    error.on_all_ranks = True
+    return error
 
 
 def link(existing: str | Path, name: str | Path) -> None:
@@ -101,7 +130,7 @@ def link(existing: str | Path, name: str | Path) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{name}: not saved ({first_line(error)})") from None
+        raise CheckpointError(f"{name}: not saved ({reason(error)})") from None
 
 
 def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
@@ -122,11 +151,7 @@ def load(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise Unreadable(
-            f"{path}: cannot be read: {reason}. Nothing was changed; make it readable, or move it"
-            " away to go on without it"
-        ) from None
+        raise Unreadable(CANNOT_BE_READ.format(path=path, reason=reason(error))) from None
     if problem := problem_in(checkpoint, FORMAT):
         raise DamagedCheckpoint(f"{path}: {problem}")
     return checkpoint
@@ -172,7 +197,7 @@ def find(out_dir: str | Path, resume: str, flags: Mapping[str, Any] | None = Non
     for leftover in out_dir.iterdir():
         if LEFTOVER.fullmatch(leftover.name) and leftover.is_file():
             leftover.unlink()
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+    if environment("TORCHELASTIC_RESTART_COUNT", 0) > 0:
         resume = "auto"
     path, step = None, -1
     if resume == "auto":
@@ -264,10 +289,13 @@ def contents(out_dir: str | Path) -> tuple[dict[Path, dict[str, Any]], dict[Path
     except FileNotFoundError:
         return {}, {}
     except OSError as error:
-        raise Unreadable(f"{out_dir}: cannot be read: {error.strerror}") from None
+        raise Unreadable(f"{out_dir}: cannot be read: {reason(error)}") from None
     for path in entries:
         with contextlib.suppress(OSError):  # load says what it is
             if not stat.S_ISREG(os.stat(path).st_mode):
+                if OWN.fullmatch(path.name):
+                    what = os.strerror(errno.EISDIR) if path.is_dir() else "Not a regular file"
+                    raise Unreadable(CANNOT_BE_READ.format(path=path, reason=what))
                 continue  # a folder, say, that somebody keeps here
         try:
             checkpoint = load(path, verify=False)
@@ -317,8 +345,7 @@ def lock(out_dir: str | Path) -> contextlib.ExitStack:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         stack.enter_context(files.lock(Path(out_dir) / ".lock", busy))
     except (OSError, ValueError) as error:  # the latter for a name that no system takes
-        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"--out_dir {out_dir}: cannot be used: {reason}; choose another"
+            f"--out_dir {out_dir}: cannot be used: {reason(error)}; choose another"
         ) from None
     return stack

@@ -60,10 +60,11 @@ def local_folders(
 
 
 def _needed(folder: Path, block_size: int) -> int:
-    """Bytes of shards that hold the pool in use and the next one, wherever these lie."""
+    """Bytes of the shards that hold the pool in use and the next one. A chunk of c bytes in shards
+    of s bytes touches 1 + c / s of them, on average."""
     from pretrain.train.loader import CHUNK_WINDOWS, POOL_CHUNKS
 
     manifest = Manifest.load(folder)
     sizes = [2 * shard.tokens for shard in manifest.shards] if manifest else []
     chunk = 2 * CHUNK_WINDOWS * block_size
-    return min(sum(sizes), 2 * POOL_CHUNKS * (chunk + 2 * max(sizes, default=0)))
+    return min(sum(sizes), 2 * POOL_CHUNKS * (chunk + max(sizes, default=0)))

@@ -104,7 +104,8 @@ def shard(model: Any, ranks: Ranks, dtype: torch.dtype, *, reshard_after_forward
     # The first forward pass says which module is the outermost: not a block, in an evaluation.
     # Nor may it be one of inference mode, whose tensors no later pass could train.
     is_training = model.training
-    with torch.no_grad():
+    autocast = torch.autocast(ranks.device.type, dtype=dtype, enabled=lower is not None)
+    with torch.no_grad(), autocast:
         model.eval()(torch.zeros(1, 1, dtype=torch.int64, device=ranks.device))
     model.train(is_training).reshard()
 

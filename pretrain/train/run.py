@@ -44,7 +44,7 @@ from pretrain.train.saving import Saver
 from pretrain.train.schema import problem_in_continued
 from pretrain.train.settings import TrainSettings
 from pretrain.train.state import TrainState, read_on_first, source_of, source_problem
-from pretrain.train.stopping import NotFinite, StopSignal
+from pretrain.train.stopping import StopSignal
 
 T = TypeVar("T")
 
@@ -88,9 +88,7 @@ class Run:
     ) -> None:
         if self.log:
             self._saver.close()
-        if self.log and isinstance(error, Exception):
-            reason = "not finite" if isinstance(error, NotFinite) else type(error).__name__
-            self.log.write("stop", step=self.state.step, reason=f"{reason}: {error}")
+            self.log.close(self.state.step, error)
         self._stack.__exit__(kind, error, trace)
 
     def _find_beginning(self) -> None:
@@ -104,17 +102,9 @@ class Run:
         if self.path:
             self.saved = read_on_first(self.ranks, self._load, whole=not is_sharded(settings))
         elif settings.resume == "auto":
-            self.ranks.together(self._refuse_run_elsewhere)
-
-    def _refuse_run_elsewhere(self) -> None:
-        """Rank 0's disk holds no run; another machine's may, if torchrun has put them in another
-        order than last time: not to be begun anew. Raises CheckpointError."""
-        elsewhere = self.ranks.nodes[self.ranks.rank] != self.ranks.nodes[0]
-        if elsewhere and (found := sorted(self.out_dir.glob("*.pt"))):
-            raise CheckpointError(
-                f"{found[0]}: on the disk of rank {self.ranks.rank}'s machine, while rank 0 reads"
-                " and writes the run: start that machine first, or copy the folder to rank 0's"
-            )
+            rank, nodes = self.ranks.rank, self.ranks.nodes
+            is_elsewhere = nodes[rank] != nodes[0]
+            self.ranks.together(checkpoints.refuse_here, self.out_dir, rank * is_elsewhere)
 
     def _lock(self) -> None:
         self._stack.enter_context(checkpoints.lock(self.out_dir))
@@ -287,7 +277,6 @@ class Run:
         """Save this step's evaluation under all its names. before: the record without it."""
         state, is_last = self.state, self._length_is_reached()
         names = [checkpoints.iter_name(state.step, state.val_loss)]
-        names += [checkpoints.BEST] * (state.record.best_step == state.step)
         names += [checkpoints.FINAL] * is_last
         self.save(*names, prune=True, at_once=is_last, otherwise=before)
         if is_last:
@@ -352,7 +341,7 @@ class Run:
         self._saver.begin(content, names, **options)
 
     def finish(self) -> int:
-        """Save and say how the run ended. Returns the exit status."""
+        """Save and say how the run ended: the exit status. Raises CheckpointError: not saved."""
         state = self.state
         assert self.log
         if self.signal:
@@ -360,14 +349,15 @@ class Run:
                 f"signal {self.signal} at step {state.step:,}: saving; the same command continues"
             )
             self.save(checkpoints.RESUME, at_once=True)
-            is_saved = self._saver.end()
+            if not self._saver.end():
+                raise checkpoints.end_not_saved(self.out_dir)
             self.log.write("stop", step=state.step, reason=f"signal {self.signal}")
-            return 128 + self.signal if is_saved else 1
+            return 128 + self.signal
         self._saver.end()
         if not self.ranks.on_first(checkpoints.is_finished, self.out_dir, state.step):
             self.save(checkpoints.FINAL, at_once=True)
             if not self._saver.end():
-                return 1
+                raise checkpoints.end_not_saved(self.out_dir)
         record = state.record
         if state.step < self.settings.max_iters:
             ago = f"{record.evals_since_best} evaluations ago"

@@ -25,7 +25,7 @@ from pretrain import distributed
 from pretrain.distributed import Ranks
 from pretrain.report.runlog import RunLog
 from pretrain.train import checkpoint as checkpoints
-from pretrain.train.best import Record
+from pretrain.train.best import Record, link_best
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.parallel import whole
 from pretrain.train.settings import TrainSettings
@@ -127,7 +127,9 @@ class Saver:
                 _warn(f"no memory for a copy of the checkpoint: training waits for saves ({error})")
         self._is_under_way, self._otherwise = True, otherwise
         if self.ranks.is_first:
-            self._work = self._pool.submit(self._write, content, names, prune)
+            self._work = self._pool.submit(
+                self._write, content, names, self.state.record if prune else None
+            )
             self._is_reported = False
             if not in_background:
                 wait([self._work])
@@ -167,21 +169,28 @@ class Saver:
         self.report()
 
     def _write(
-        self, content: dict[str, Any], names: Sequence[str], prune: bool
+        self, content: dict[str, Any], names: Sequence[str], record: Record | None
     ) -> dict[str, Any] | None:
-        """The save itself; None where the disk refuses it, which is said."""
+        """The save itself; None where the disk refuses it, which is said. record: what
+        best_val_loss.pt shall be, after which older checkpoints are deleted; None: neither."""
         t0, path = time.perf_counter(), self.out_dir / names[0]
         try:
             checkpoints.save(path, content)
-            for name in names[1:]:
-                checkpoints.link(path, self.out_dir / name)
         except CheckpointError as error:
             _warn(str(error))
             return None
         written = {"step": content["step"], "file": path.name, "bytes": path.stat().st_size}
+        for name in names[1:]:
+            try:
+                checkpoints.link(path, self.out_dir / name)
+            except CheckpointError as error:  # it is saved all the same
+                _warn(str(error))
         try:
-            if prune:
+            if record:
+                link_best(self.out_dir, record)
                 checkpoints.prune(self.out_dir, self.settings.keep_checkpoints)
+        except CheckpointError as error:  # the one that it should name stays, and is named then
+            _warn(str(error))
         except OSError as error:
             _warn(f"{self.out_dir}: old checkpoints stay: {error.strerror}")
         return written | {"write_seconds": time.perf_counter() - t0}

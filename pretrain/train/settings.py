@@ -27,7 +27,6 @@ from pretrain.train.folders import check_mixture, find_all
 from pretrain.train.keytokens import KeyTokenError, read_key_tokens
 
 __all__ = ["AMOUNT", "COUNT", "OVERRIDES", "TrainSettings", "build_parser", "resolve"]
-MOST_SAMPLED = 100_000  # tokens: training waits for them
 # What holds with --optimizer muon where a flag is not given: the record's settings for 124M.
 MUON = {
     "learning_rate": 0.025,
@@ -252,8 +251,6 @@ def _check_numbers(settings: TrainSettings) -> list[str]:
             f"--n_embd {settings.n_embd}, --n_head {settings.n_head}: heads of"
             f" {settings.n_embd // settings.n_head}; --model modern needs a multiple of 4"
         )
-    if settings.sample_tokens > MOST_SAMPLED:
-        problems.append(f"--sample_tokens {settings.sample_tokens}: at most {MOST_SAMPLED:,}")
     if settings.min_lr > settings.learning_rate:
         problems.append(
             f"--min_lr {settings.min_lr}: above --learning_rate {settings.learning_rate}"

@@ -25,6 +25,7 @@ class NotFinite(UserError):
     """A loss or gradient norm that is nan or inf; the message names step and rank."""
 
     on_all_ranks = True
+    reason = "not finite"  # in the log
 
 
 # What ends a run: SIGTERM and Ctrl-C, a closed terminal, and what Slurm's --signal sends ahead.

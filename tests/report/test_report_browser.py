@@ -227,7 +227,8 @@ def test_without_scripts_the_page_shows_its_pictures_and_their_numbers(without_s
 def move(browser, x, y, kind="mouseMoved", **more):
     """The pointer at a share of the width and height of the picture of the loss."""
     box = browser.evaluate(
-        "(() => { const r = document.querySelector('#plot-loss svg').getBoundingClientRect();"
+        "(() => { const svg = document.querySelector('#plot-loss svg');"
+        " svg.scrollIntoView({ block: 'center' }); const r = svg.getBoundingClientRect();"
         " return [r.left, r.top, r.width, r.height]; })()"
     )
     at = {"x": box[0] + x * box[2], "y": box[1] + y * box[3]}
@@ -253,7 +254,7 @@ def test_the_values_under_the_pointer_are_those_of_the_log(browser, page):
     row = next(text for text in at if text.startswith("a, validation") or "a, validation" in text)
     values = [f"{r['val_loss']:.5g}" for r in log if r["event"] == "eval"]
     assert any(value in row for value in values)
-    move(browser, 0.5, 1.5)
+    move(browser, 0.5, -0.2)
     assert browser.evaluate(f"{TIP}.hidden"), "gone with the pointer"
 
 

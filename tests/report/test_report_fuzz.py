@@ -2,11 +2,10 @@
 
 import contextlib
 import json
-import time
 
 import pytest
-from fuzzing import cases
-from hypothesis import HealthCheck, given, settings
+from fuzzing import bounded, fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from test_report import Elements, healthy_run, write_run
 
@@ -67,7 +66,6 @@ RECORDS = st.fixed_dictionaries(
 )
 MUTATIONS = st.lists(st.tuples(st.integers(0, 70), FIELDS, NESTED), max_size=12)
 HEALTHY = healthy_run(60)
-FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 def odd_log(folder, mutations, more, torn):
@@ -83,39 +81,39 @@ def odd_log(folder, mutations, more, torn):
     return folder
 
 
-@settings(max_examples=cases(150), **FUZZ)
+@fuzz(150)
 @given(MUTATIONS, st.lists(RECORDS, max_size=6), st.binary(max_size=20), NESTED)
 def test_any_log_and_any_config_give_a_valid_page_soon(tmp_path_factory, odd, more, torn, config):
     folder = odd_log(tmp_path_factory.getbasetemp() / "odd", odd, more, torn)
     (folder / "config.json").write_text(json.dumps(config))
-    began = time.monotonic()
-    run = Run.load(folder)
-    other = Run.load(folder)
-    found = [(run, finding) for finding in find(run)]
-    key_figures(run)
-    for runs in ([run], [run, other]):
-        page = html_page(runs, found, []).encode("utf-8", "replace").decode()
-        assert Elements(page).open == []
-    table = compare([run, other])
-    assert to_csv(table) and to_markdown(table)
-    assert time.monotonic() - began < 20
+    with bounded():
+        run = Run.load(folder)
+        other = Run.load(folder)
+        found = [(run, finding) for finding in find(run)]
+        key_figures(run)
+        for runs in ([run], [run, other]):
+            page = html_page(runs, found, []).encode("utf-8", "replace").decode()
+            assert Elements(page).open == []
+        table = compare([run, other])
+        assert to_csv(table) and to_markdown(table)
 
 
-@settings(max_examples=max(3, cases(150) // 50), **FUZZ)
+@fuzz(3, cost=50)
 @given(MUTATIONS, st.lists(RECORDS, max_size=6))
 def test_any_log_can_be_drawn(tmp_path_factory, odd, more):
     run = Run.load(odd_log(tmp_path_factory.getbasetemp() / "drawn", odd, more, b""))
-    for plot in plots([run]):
-        plot.figure.canvas.draw()
+    with bounded():
+        for plot in plots([run]):
+            plot.figure.canvas.draw()
 
 
-@settings(max_examples=cases(150), **FUZZ)
+@fuzz(150)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_run_or_a_run_error(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "bytes"
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_bytes(data)
-    with contextlib.suppress(RunError):
+    with contextlib.suppress(RunError), bounded():
         html_page([Run.load(folder)], [], [])
 
 
@@ -156,6 +154,25 @@ def test_a_pipe_in_the_place_of_a_log_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(RunError, match="not a file"):
         Run.load(tmp_path)
+
+
+def test_a_log_that_cannot_be_read_is_named_once(tmp_path, monkeypatch):
+    write_run(tmp_path, HEALTHY[:5])
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pretrain.report.runs.read_log", refuse)
+    with pytest.raises(RunError) as error:
+        Run.load(tmp_path)
+    assert str(error.value) == f"{tmp_path}/metrics.jsonl: Permission denied"
+
+
+def test_a_page_that_cannot_be_written_is_called_as_its_user_calls_it(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", HEALTHY[:5])
+    assert report.main([str(folder), "--output", "/proc/x.html"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: /proc/x") and ".tmp" not in error and ".new" not in error
 
 
 def test_a_configuration_of_a_million_settings_is_cut(tmp_path):

@@ -88,6 +88,16 @@ def test_lines_wait_while_the_disk_is_full_and_follow_later(tmp_path, monkeypatc
     assert [r["step"] for r in read_log(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
+def test_lines_that_never_found_room_are_said_at_the_end(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = RunLog(tmp_path)
+    log.write("train", step=1)
+    log.close(1, ValueError("a fault"))
+    first, last = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in first
+    assert last == f"warning: {tmp_path}/metrics.jsonl: no room for its last 2 lines"
+
+
 def test_the_stopwatch_leaves_out_what_happens_while_it_is_paused(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])

@@ -6,7 +6,7 @@ import json
 import uuid
 
 import pytest
-from fuzzing import fuzz_settings
+from fuzzing import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -161,8 +161,8 @@ def alone(line):
 lines = st.lists(st.sampled_from(ODD) | st.sampled_from(GOOD), min_size=1, max_size=8)
 
 
+@fuzz(400)
 @given(lines, st.sampled_from([7, 64, 1 << 22]), st.sampled_from([5, 100, 1 << 40]))
-@fuzz_settings(400)
 def test_fuzz_a_line_means_what_it_means_alone(
     tmp_path_factory, monkeypatch_blocks, lines, block, unit
 ):

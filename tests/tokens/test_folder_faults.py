@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzzing import cases
-from hypothesis import HealthCheck, given, settings
+from fuzzing import bounded, fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 import fineweb
 from pretrain.errors import UserError
 from pretrain.tokens import shards as shards_module
+from pretrain.tokens.formats import shard_header
 from pretrain.tokens.owntext import prepare
 from pretrain.tokens.shards import Manifest, ShardError, data_fingerprint, find_shards, open_shard
 from pretrain.tokens.verify import verify_folder
@@ -478,59 +479,48 @@ def built(tmp_path_factory):
     return folder / "out", json.loads((folder / "out" / "manifest.json").read_text())
 
 
-def test_any_manifest_is_taken_or_refused_in_one_line(built):
+@fuzz(300)
+@given(st.data())
+def test_any_manifest_is_taken_or_refused_in_one_line(built, data):
     folder, record = built
-    path, good = folder / "manifest.json", (folder / "manifest.json").read_bytes()
-
-    @settings(
-        max_examples=cases(300),
-        deadline=5_000,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-    )
-    @given(mutations(record, ODD))
-    def check(mutated):
-        path.write_text(json.dumps(mutated))
-        for read in (verify_folder, data_fingerprint, lambda where: find_shards(where, "train")):
-            try:
-                read(folder)
-            except UserError as error:
-                assert str(error).count("\n") == 0 and len(str(error)) < 2_000
-
-    try:
-        check()
-    finally:
-        path.write_bytes(good)
-
-
-def test_any_bytes_of_a_header_are_taken_or_refused_in_one_line(built):
-    folder, _ = built
-    good = (folder / "river_train_000001.npy").read_bytes()
-    path = folder.parent / "fuzzed.npy"
-    words = [b"shape", b"<u2", b"False", b"(", b"9" * 20, b"-1", b"'|O'", b"__import__", b"\n"]
-
-    @settings(max_examples=cases(300), deadline=5_000)
-    @given(st.data())
-    def check(data):
-        content = bytearray(good)
-        for _ in range(data.draw(st.integers(1, 3))):
-            at = data.draw(st.integers(0, 140))
-            piece = data.draw(st.binary(max_size=4) | st.sampled_from(words) | st.just(b"(" * 200))
-            length = data.draw(st.sampled_from([0, len(piece)]))
-            content[at : at + length] = piece
-        path.write_bytes(content[: data.draw(st.sampled_from([len(content), 7, 130]))])
+    (folder / "manifest.json").write_text(json.dumps(data.draw(mutations(record, ODD))))
+    for read in (verify_folder, data_fingerprint, lambda where: find_shards(where, "train")):
         try:
-            tokens = open_shard(path)
-        except ShardError as error:
-            assert str(error).count("\n") == 0
-        else:
-            assert tokens.dtype == np.uint16 and tokens.ndim == 1 and len(tokens)
+            with bounded():
+                read(folder)
+        except UserError as error:
+            assert str(error).count("\n") == 0 and len(str(error)) < 2_000
 
-    check()
+
+WORDS = [b"shape", b"<u2", b"False", b"(", b"9" * 20, b"-1", b"'|O'", b"__import__", b"\n"]
+
+
+@fuzz(300)
+@given(st.data(), st.sampled_from(["npy", "bin"]))
+def test_any_bytes_of_a_header_are_taken_or_refused_in_one_line(tmp_path, data, ending):
+    path = tmp_path / f"fuzzed_train_000001.{ending}"
+    content = bytearray(shard_header(90, ending) + bytes(range(180)))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, 140))
+        piece = data.draw(st.binary(max_size=4) | st.sampled_from(WORDS) | st.just(b"(" * 200))
+        length = data.draw(st.sampled_from([0, len(piece)]))
+        content[at : at + length] = piece
+    path.write_bytes(content[: data.draw(st.sampled_from([len(content), 7, 130]))])
+    try:
+        with bounded():
+            tokens = open_shard(path)
+    except ShardError as error:
+        assert str(error).count("\n") == 0
+    else:
+        assert tokens.dtype == np.uint16 and tokens.ndim == 1 and len(tokens)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 100_000, '{"a":' * 50_000, '{"format": NaN}', "9" * 10_000, '{"format": 1, "tokens": 0'],
+    [
+        *("[" * 100_000, '{"a":' * 50_000, '{"format": NaN}', "9" * 10_000),
+        *('{"format": 1, "tokens": 0', '{"format": 1, "name": "\\ud800"}'),
+    ],
     ids=len,
 )
 def test_a_manifest_that_is_made_to_break_its_reader_is_refused(tmp_path, text):

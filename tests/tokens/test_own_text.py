@@ -4,6 +4,7 @@ trackers."""
 import json
 import os
 import re
+import sqlite3
 import threading
 import time
 
@@ -390,6 +391,20 @@ def test_tensorboard_gets_the_numbers_of_the_log(data, tmp_path):
         expected = logged(tmp_path / "out", event, name)
         assert list(found) == list(expected)
         assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-6)
+
+
+def test_trackio_gets_the_numbers_of_the_log_and_one_run_however_often_it_resumes(
+    data, tmp_path, monkeypatch
+):
+    pytest.importorskip("trackio")  # an extra of its own
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert train(data, tmp_path / "out", "--trackio") == 0
+    with sqlite3.connect(tmp_path / "trackio" / "gpt2.db") as base:
+        rows = base.execute("select run_name, step, metrics from metrics").fetchall()
+    assert len({name for name, _, _ in rows}) == 1
+    found = {step: json.loads(m)["train/loss"] for _, step, m in rows if b"train/loss" in bytes(m)}
+    assert found == pytest.approx(logged(tmp_path / "out", "train", "loss"))
 
 
 def wandb_records(path):

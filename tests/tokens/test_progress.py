@@ -50,6 +50,13 @@ def test_without_a_terminal_a_line_says_the_same_now_and_then(monkeypatch, capsy
     assert all(part in shown.out for part in ("tokens/s", "MB/s", "shard 0", "min left"))
 
 
+def test_a_line_before_the_first_document_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("pretrain.tokens.progress.LINE_SECONDS", 0)
+    progress = begin(3_000_000)
+    progress.batch(batch_of(Unit(0, 0, 1, 0, 10), 0))
+    assert capsys.readouterr().out.endswith("no document yet\n")
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [(0, "0 B"), (950, "950 B"), (12_345, "12.3 kB"), (999_499, "999 kB"), (2.06e10, "20.6 GB")],

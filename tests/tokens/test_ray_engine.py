@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import fineweb
 from pretrain.text.documents import SourceError, local_source
 from pretrain.tokens import staged
 from pretrain.tokens.build import Settings, Work, build_shards
@@ -18,7 +19,7 @@ from pretrain.tokens.ray_engine import RayEngine, RayError
 from pretrain.tokens.tokenizer import Tokenizer
 
 ray = pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray"), pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 ROOT = Path(__file__).parents[2]
 SETTINGS = Settings(shard_size=3000)
 
@@ -164,6 +165,21 @@ def test_a_killed_driver_leaves_what_the_same_command_goes_on_from(
     driver.wait()
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
     assert content(tmp_path / "out") == expected
+
+
+def test_a_cluster_reads_from_a_store_and_publishes_to_one(
+    s3, corpus, expected, tmp_path, monkeypatch
+):
+    for path in corpus.iterdir():
+        s3.put(f"s3://acme/corpus/{path.name}", path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(staged, "UNIT_BYTES", 8000)
+    flags = ["--source", "s3://acme/corpus", "--out_dir", "s3://acme/out", "--num_proc", "1"]
+    flags += ["--engine", "ray", "--shard_size", "3000", "--tokenizer_backend", "tiktoken"]
+    assert fineweb.main([*flags, "--shard_name", corpus.name]) == 0
+    shards = {name: data for name, data in expected.items() if name.endswith(".npy")}
+    assert {name: s3.get(f"s3://acme/out/{name}") for name in shards} == shards
+    assert len(s3.keys("acme")) == len(shards) + 1 + len(list(corpus.iterdir()))
 
 
 def test_no_cluster_and_no_ray_are_said_in_a_line(monkeypatch):

@@ -2,6 +2,7 @@
 the name best_val_loss.pt say the same."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -114,6 +115,20 @@ def test_what_the_system_does_not_hand_out_is_not_damaged_and_stays(tmp_path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    "name", ["iter-12-loss-2.0000.pt", "iter-12.pt", "resume.pt", "final_model.pt"]
+)
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_file_under_a_checkpoints_name_is_said_and_left_alone(tmp_path, name, make):
+    run_of(tmp_path, 5.0, 4.0)
+    make(tmp_path / name)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for ask in (newest, lambda folder: find(folder, "auto"), lambda folder: find(folder, "never")):
+        with pytest.raises(Unreadable, match=name):
+            ask(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
 def test_a_folder_of_ones_own_among_the_checkpoints_is_left_alone(tmp_path):
     run_of(tmp_path, 5.0)
     (tmp_path / "mine.pt").mkdir()
@@ -145,7 +160,7 @@ ODD = {
     "best_val_loss": [[], {}],
     "model": [[], {1: 2}, {"weight": "tensor"}],
     "model_config": [[], {"n_layer": [12]}, "gpt2"],
-    "run": [None, 3],
+    "run": [None, 3, {"": torch.zeros(2)}, {"n_layer": [torch.zeros(2)]}],
     "config": [[1]],
     "scaler": [7],
     "architecture": [5],

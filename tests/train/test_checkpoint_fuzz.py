@@ -6,8 +6,8 @@ from functools import cache
 
 import pytest
 import torch
-from fuzzing import cases
-from hypothesis import HealthCheck, given, settings
+from fuzzing import bounded, fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.errors import UserError
@@ -15,11 +15,6 @@ from pretrain.train.best import reconcile
 from pretrain.train.checkpoint import load, newest, save
 from pretrain.train.schema import KEYS, problem_in, problem_in_continued
 
-QUICK = settings(
-    max_examples=cases(60),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -48,7 +43,7 @@ def whole():
     return file.getvalue()
 
 
-@QUICK
+@fuzz(60)
 @given(st.data())
 def test_bytes_that_differ_change_nothing_or_are_named(tmp_path, data):
     content = bytearray(whole())
@@ -66,7 +61,8 @@ def test_bytes_that_differ_change_nothing_or_are_named(tmp_path, data):
     path = tmp_path / "iter-8-loss-3.0000.pt"
     path.write_bytes(bytes(content))
     try:
-        found = load(path)
+        with bounded():
+            found = load(path)
     except UserError as error:
         assert path.name in str(error) and "\n" not in str(error)
         with pytest.raises(UserError, match="no checkpoint can be read"):
@@ -76,15 +72,16 @@ def test_bytes_that_differ_change_nothing_or_are_named(tmp_path, data):
         assert torch.equal(found["model"]["weight"], checkpoint()["model"]["weight"])
 
 
-@QUICK
+@fuzz(60)
 @given(st.sampled_from([*KEYS, "optimizer", "format", "else"]), VALUES)
 def test_a_part_of_another_kind_is_taken_or_named(tmp_path, key, value):
     path = tmp_path / "iter-8-loss-3.0000.pt"
     save(path, checkpoint() | {key: value})
     try:
-        found = load(path)
-        if problem_in_continued(found) is None:
-            reconcile(tmp_path, path, found)
+        with bounded():
+            found = load(path)
+            if problem_in_continued(found) is None:
+                reconcile(tmp_path, path, found)
     except UserError as error:
         assert path.name in str(error) and len(str(error)) < 1000
     assert problem_in(value, 1) is not None

@@ -14,6 +14,7 @@ import torch
 from tiny_runs import flags, logged, write_shards
 
 import train_gpt2
+from pretrain.errors import CheckpointError
 from pretrain.eval import validation
 from pretrain.report.runlog import read_log
 from pretrain.train.settings import build_parser, resolve
@@ -106,12 +107,34 @@ def test_killed_between_a_save_and_its_links_the_best_model_is_that_of_an_unkill
                 assert mine[key] == theirs[key], (number, name, key)
 
 
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_link_that_fails_is_made_later_and_the_record_stays(
+    data, tmp_path, monkeypatch, failures
+):
+    """As where hard links are not to be had and the disk has room for one more file, not two."""
+    link, left = train_gpt2.checkpoints.link, [failures]
+
+    def refuse(existing, name):
+        if "best_val_loss" in str(name) and left[0]:
+            left[0] -= 1
+            raise CheckpointError(f"{name}: not saved (No space left on device)")
+        link(existing, name)
+
+    monkeypatch.setattr(train_gpt2.checkpoints, "link", refuse)
+    argv = tiny(data, tmp_path, **RUINED | {"keep_checkpoints": 1})
+    assert train_gpt2.main(argv) == 0
+    final = held(tmp_path / "final_model.pt")
+    assert final["best_step"] == held(tmp_path / "best_val_loss.pt")["step"] == 0
+    assert len(list(tmp_path.glob("iter-*.pt"))) == 1
+
+
 def test_a_save_that_fails_is_no_record(data, tmp_path, monkeypatch, capfd):
     save = train_gpt2.checkpoints.save
 
     def full(path, content):
         if "iter-4" in path.name:
-            raise train_gpt2.CheckpointError(f"{path}: not saved (No space left on device)")
+            error = train_gpt2.checkpoints.CheckpointError
+            raise error(f"{path}: not saved (No space left on device)")
         save(path, content)
 
     monkeypatch.setattr(train_gpt2.checkpoints, "save", full)
