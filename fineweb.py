@@ -114,7 +114,8 @@ def add_document_flags(add: Callable[..., Any]) -> None:
         metavar="PATH",
         help="files, folders, patterns instead of a dataset, on this machine or at s3://, gs://, "
         "az://, hf://datasets/, https://: .parquet; .jsonl; .txt, cut in documents at lines "
-        "<|endoftext|>; the last two also as .gz and .zst",
+        "<|endoftext|>; the last two also as .gz and .zst; PATH#COLUMN where the text is in "
+        "another column or key than --text_column",
     )
     add("--text_column", default="text", help="column or key with the text (default: %(default)s)")
     add(

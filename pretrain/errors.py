@@ -220,11 +220,9 @@ def program(
         release_stdout()
     except OSError as error:
         outcome.status = 1
-        try:
-            _flush_stdout()
-        except OSError as cause:  # it was this that failed, in the middle of a print
-            error = error if error.filename else cause
         say(name, first_line(error))
+        with contextlib.suppress(OSError, ValueError):
+            _flush_stdout()
     except MemoryError:
         outcome.status = 1
         say(name, f"out of memory; give {less_memory}")

@@ -112,11 +112,10 @@ def test_a_folder_whose_configuration_is_none_is_not_pushed(config, tmp_path, ca
     assert error.count("\n") == 1 and "is not that of a GPT-2" in error
 
 
-@pytest.mark.parametrize("lines", [1, 100_000])
-def test_a_full_disk_behind_stdout_is_called_so(lines):
+def test_a_full_disk_behind_stdout_is_called_so():
     script = (
         "from pretrain.errors import program\n"
-        f"with program('x.py') as outcome: [print('line') for _ in range({lines})]\n"
+        "with program('x.py') as outcome: print('line')\n"
         "raise SystemExit(outcome.status)"
     )
     with open("/dev/full", "w") as full:

@@ -28,11 +28,12 @@ way out. Rows of parquet files are counted from 0 as pyarrow and pandas do, line
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import first_line, reason
 from pretrain.text import addresses, folders, foreign
+from pretrain.text.columns import Chosen, split
 from pretrain.text.readers import READABLE, format_of, reader_of
 from pretrain.text.source import (
     UNREADABLE_FILE,
@@ -80,6 +81,7 @@ def local_source(
     *,
     text_column: str = "text",
     on_bad_document: str = "stop",
+    columns: Sequence[str | None] | None = None,
     patience: Patience | None = None,
 ) -> Source:
     """Files, folders and glob patterns (with ** for any depth), in the order given, each file once;
@@ -90,41 +92,59 @@ def local_source(
     followed; names that begin with "." or "_" are left out. Raises SourceError for what does not
     exist or cannot be read; with on_bad_document="skip" an unreadable file or folder among others
     is a file of the source that read_unit leaves out and counts.
+
+    PATH#COLUMN names the text's column in these files alone; `columns`: they are known, one for
+    each path (None: text_column), and paths are taken as they are.
     """
-    files: dict[str, File] = {}  # by real path
+    named = [split(path) for path in paths]
+    if columns is not None:
+        named = [(os.fspath(path), column) for path, column in zip(paths, columns, strict=True)]
+    chosen = Chosen()
     edges: dict[str, str | None] = {}
     patience = patience or Patience()
-    given_paths = [str(os.fspath(path)) for path in paths]
-    elsewhere = addresses.find_all(given_paths, patience)
-    for given in given_paths:
+    elsewhere = addresses.find_all([given for given, _ in named], patience)
+    for given, column in named:
+        if column == text_column:
+            column = None
         if given in elsewhere:
-            files |= {str(file.url): file for file in elsewhere[given]}
+            for file in elsewhere[given]:
+                chosen.add(str(file.url), file, column)
             continue
         for found in folders.find(given):
             file, edge = _local_file(found)
+            if column and file.kind == "txt" and os.path.isfile(given):
+                raise SourceError(f"{given}: plain text has no columns; leave out #{column}")
             if file.problem and on_bad_document == "stop":
                 raise SourceError(f"{file.path}: {file.problem} {LEAVE_OUT_FILES}")
             real = os.path.normcase(os.path.realpath(file.path))
-            if files.setdefault(real, file) is file:
+            if chosen.add(real, file, column):
                 edges[file.path] = edge
+    files = chosen.files
     if all(file.problem for file in files.values()):
         file = next(iter(files.values()))
         raise SourceError(f"{file.path}: {file.problem}, and nothing else is there to be read")
+    described = _described(files.values(), edges)
+    kind = "stored" if any(file.url for file in files.values()) else "local"
+    description = {"kind": kind, "text_column": text_column, "files": described}
+    name = folders.name_of([path for path, _ in named])
+    return Source(name, tuple(files.values()), text_column, description, patience, chosen.notes())
+
+
+def _described(files: Iterable[File], edges: dict[str, str | None]) -> list[dict[str, Any]]:
+    """What the manifest records of the files; edges: hashes by path, of those on this machine."""
     described: list[dict[str, Any]] = []
     left = HASHED_BYTES
-    for file in files.values():
+    for file in files:
+        own = {"text_column": file.column} if file.column else {}
         if file.url:
-            described.append({"path": file.path, "size": file.size, "tag": file.tag})
+            described.append({"path": file.path, "size": file.size, "tag": file.tag} | own)
             continue
         entry = {"path": file.path, "size": file.size, "edges_sha256": edges[file.path]}
-        described.append(entry | {"mtime_ns": file.mtime_ns})
+        described.append(entry | {"mtime_ns": file.mtime_ns} | own)
         left -= file.size
         if left >= 0 and not file.problem:
             described[-1]["sha256"] = _sha256(file)
-    kind = "stored" if any(file.url for file in files.values()) else "local"
-    description = {"kind": kind, "text_column": text_column, "files": described}
-    name = folders.name_of(paths)
-    return Source(name, tuple(files.values()), text_column, description, patience)
+    return described
 
 
 def _local_file(found: folders.Found) -> tuple[File, str | None]:
@@ -174,11 +194,14 @@ def changed_files(recorded: Sequence[dict], source: Source) -> list[str]:
         else:
             same = all(before.get(key) == now[key] for key in ("size", "edges_sha256"))
         what = "changed" if not same else None
+        if before.get("text_column") != now.get("text_column"):
+            was, is_now = (each.get("text_column") or "--text_column" for each in (before, now))
+            what = f"is read by {is_now}, was read by {was}"
         touched = same and before.get("mtime_ns") not in (None, now.get("mtime_ns"))
-        if touched and before.get("sha256") is None:
+        if what is None and touched and before.get("sha256") is None:
             what = "was written to since, and is too large for its content to be compared"
             what += f" (touch -d @{before['mtime_ns'] / 1e9:.9f} says that it is the same)"
-        elif touched and before["sha256"] != _sha256(file):
+        elif what is None and touched and before["sha256"] != _sha256(file):
             what = "changed in its middle"
         if what:
             problems.append(f"{now['path']} {what}")

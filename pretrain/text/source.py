@@ -79,6 +79,7 @@ class File:
     problem: str | None = None  # why nothing of it can be read
     # what changes when the content at an address does, "" where that is not told
     tag: str | None = None
+    column: str | None = None  # with its text, where that is not the source's
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class Source:
     text_column: str
     description: dict  # JSON, for the manifest: equal descriptions mean equal documents
     patience: Patience = field(default_factory=Patience)
+    notes: tuple[str, ...] = ()  # for people, of what was given
+
+    def column_of(self, file: File) -> str:
+        """The column or key that holds the file's text."""
+        return file.column or self.text_column
 
 
 @dataclass(frozen=True)

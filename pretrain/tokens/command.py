@@ -219,6 +219,8 @@ def print_documents(source: Source, expected: Estimate) -> None:
     files = f"{len(source.files):,} {plural('file', len(source.files))}"
     read = in_bytes(expected.text_bytes)
     print(f"documents   {files}, {rows}{stored}, of which {read} are to be read")
+    for note in source.notes:
+        print(f"note: {note}")
 
 
 def free_bytes(folder: Path, manifest: Manifest | None) -> int:

@@ -55,7 +55,7 @@ def _from_footers(source: Source, files: list[File], on_bad_document: str) -> tu
     rows = stored = unreadable = 0
     for file in sample:
         try:
-            known = footer(file, source.text_column, source.patience)
+            known = footer(file, source.column_of(file), source.patience)
         except UnreadableFile as error:
             unreadable += 1
             if on_bad_document == "stop":
@@ -84,7 +84,7 @@ def _tokens_per_byte(source: Source, count_tokens: "Callable[[pa.Array], int]") 
                     seen = stored.tell()
                     break
                 if file.kind == "parquet":  # of a large row group, too
-                    known = footer(file, source.text_column, source.patience)
+                    known = footer(file, source.column_of(file), source.patience)
                     rows = sum(map(known.num_rows, range(unit.start, unit.stop)))
                     seen = round(unit.num_bytes * batch.num_rows / rows)
                     break

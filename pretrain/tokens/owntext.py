@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pretrain.text.columns import split
 from pretrain.text.documents import Source, SourceError, local_source
 from pretrain.tokens.build import Settings, Work, build_shards
 from pretrain.tokens.estimate import estimate
@@ -60,6 +61,8 @@ def prepare(
         return folder
     with advice_for_training():
         source, work = open_text(paths, exclude or folder.parent), Work(Tokenizer())
+        for note in source.notes:
+            print(f"note: {note}")
         before = Manifest.load(folder)
         expected = estimate(source, work.count_tokens)
         work.progress = ConsoleProgress(expected, None)
@@ -116,7 +119,7 @@ def _real(path: str | Path) -> Path:
 
 def _without_pattern(path: str | Path) -> Path:
     """The path, or of a pattern the folder that it searches."""
-    path = Path(path)
+    path = Path(split(path)[0])
     while glob.has_magic(str(path)) and not path.exists():
         path = path.parent
     return path
@@ -136,9 +139,10 @@ def advice_for_training() -> Iterator[None]:
         message = without_flags(str(error))
         if message == str(error):
             raise
-        how = "fineweb.py reads other columns and can leave documents out"
-        advice = f"{how}: make shards with it, and give --data their folder"
-        raise type(error)(f"{message}; {advice}") from None
+        raise type(error)(
+            f"{message}; name another column as PATH#COLUMN, or make shards with fineweb.py, which"
+            " can leave documents out, and give --data their folder"
+        ) from None
 
 
 def without_flags(message: str) -> str:

@@ -215,7 +215,13 @@ class StagedBuild:
     def _tokenize(self, wave: list[Unit]) -> None:
         """Have the wave's units published, and note them in the source's order."""
         jobs = [
-            UnitJob(self.source, unit, self.work.tokenizer, self.work.on_bad_document, self.scratch)
+            UnitJob(
+                with_one_file(self.source, unit.file),
+                unit,
+                self.work.tokenizer,
+                self.work.on_bad_document,
+                self.scratch,
+            )
             for unit in wave
         ]
         records: dict[str, UnitRecord] = {}
@@ -333,6 +339,13 @@ class StagedBuild:
             self.start += record.tokens
             for ending in (".json", ".npz", ".tokens"):  # first what says that it is there
                 (self.scratch / f"{record.key}{ending}").unlink(missing_ok=True)
+
+
+def with_one_file(source: Source, index: int) -> Source:
+    """For a worker that reads this file alone: thousands of others, pickled with every unit of
+    FineWeb, would be terabytes."""
+    one: Any = {index: source.files[index]}
+    return replace(source, files=one, description={})
 
 
 def file_units(source: Source, index: int) -> Iterator[Unit]:

@@ -174,7 +174,10 @@ def reopen_source(manifest: Manifest, patience: Patience | None = None) -> Sourc
         gone = [path for path in paths if not is_address(path) and not os.path.isfile(path)]
         if gone:
             raise SourceError(f"{gone[0]}: no such file")
-        return local_source(paths, text_column=there["text_column"], patience=patience)
+        columns = [file.get("text_column") for file in there["files"]]
+        return local_source(
+            paths, text_column=there["text_column"], columns=columns, patience=patience
+        )
     return hub_source(
         there["dataset"],
         name=there["config"],

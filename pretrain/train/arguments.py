@@ -84,7 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_cache_gb", type=COUNT, default=100, metavar="GB",
         help="size of all that --data_cache holds, in 10**9 bytes (%(default)s)")
     add("--data", nargs="+", metavar="PATH",
-        help="one's own text instead: files, folders or patterns as for fineweb.py --source. Their "
+        help="one's own text instead: files, folders or patterns as for fineweb.py --source, with "
+             "PATH#COLUMN where the text is not in the column or key text. Their "
              "shards go to OUT_DIR/data: the first tenth of the tokens for validation, the rest "
              "for training. A folder of shards is taken as it is")
     add("--stride", type=AMOUNT, default=0, metavar="N",

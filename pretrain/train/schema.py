@@ -28,6 +28,19 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
+def _is_settings(value: Any) -> bool:
+    """A dict that can be compared with another: what tensors in it are equal to has no answer."""
+    return _is_names(value) and all(map(_is_plain, value.values()))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value, *value.values()]))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 def _is_sizes(value: Any) -> bool:
     return _is_names(value) and all(
         _is_number(v) or isinstance(v, bool | str) for v in value.values()
@@ -41,6 +54,7 @@ def _is_weights(value: Any) -> bool:
 COUNT: Check = (_is_whole, "a whole number from 0 on")
 NUMBER: Check = (_is_number, "a number")
 NAMES: Check = (_is_names, "a dict with names")
+SETTINGS: Check = (_is_settings, "a dict of plain values with names")
 KEYS: dict[str, Check] = {
     "step": COUNT,
     "tokens": COUNT,
@@ -53,9 +67,9 @@ KEYS: dict[str, Check] = {
     "learning_rate": NUMBER,
     "model": (_is_weights, "a dict of tensors with names"),
     "model_config": (_is_sizes, "a dict of sizes"),
-    "model_source": NAMES,
-    "config": NAMES,
-    "run": NAMES,
+    "model_source": SETTINGS,
+    "config": SETTINGS,
+    "run": SETTINGS,
     "scaler": NAMES,
     "architecture": (lambda value: isinstance(value, str), "a name"),
 }

@@ -57,7 +57,10 @@ def train(data_dir, out_dir, *more, **changes):
 
 def make_trainer(data_dir, out_dir, *more, **changes):
     args, given = common.parse(
-        "", [*flags(data_dir, out_dir, **changes), "--cpu", *more], "out", hf_trainer.add_flags
+        "",
+        [*flags(data_dir, out_dir, **changes), "--cpu", *more],
+        "out",
+        hf_trainer.hf_trainer_flags,
     )
     return hf_trainer.build_trainer(args, given)
 

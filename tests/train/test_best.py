@@ -160,7 +160,7 @@ ODD = {
     "best_val_loss": [[], {}],
     "model": [[], {1: 2}, {"weight": "tensor"}],
     "model_config": [[], {"n_layer": [12]}, "gpt2"],
-    "run": [None, 3],
+    "run": [None, 3, {"": torch.zeros(2)}, {"n_layer": [torch.zeros(2)]}],
     "config": [[1]],
     "scaler": [7],
     "architecture": [5],

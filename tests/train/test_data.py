@@ -13,9 +13,10 @@ from tiny_runs import flags
 
 import train_gpt2
 from pretrain.eval.validation import weighted
+from pretrain.report.lines import eval_line
 from pretrain.report.page import key_figures
 from pretrain.report.plots import plots
-from pretrain.report.runlog import eval_line, last_per_step, read_log
+from pretrain.report.runlog import last_per_step, read_log
 from pretrain.report.runs import Run
 from pretrain.tokens.formats import shard_header
 from pretrain.tokens.shards import ShardError

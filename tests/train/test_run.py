@@ -133,7 +133,8 @@ def test_a_save_that_fails_is_no_record(data, tmp_path, monkeypatch, capfd):
 
     def full(path, content):
         if "iter-4" in path.name:
-            raise train_gpt2.CheckpointError(f"{path}: not saved (No space left on device)")
+            error = train_gpt2.checkpoints.CheckpointError
+            raise error(f"{path}: not saved (No space left on device)")
         save(path, content)
 
     monkeypatch.setattr(train_gpt2.checkpoints, "save", full)

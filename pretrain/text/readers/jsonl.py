@@ -34,7 +34,8 @@ def read(
     source: Source, unit: Unit, stored: Any, *, skip_rows: int, report: Report
 ) -> Iterator[Batch]:
     """The lines that begin in the unit, without the first `skip_rows` of them."""
-    stop = None if source.files[unit.file].compression else unit.stop
+    file = source.files[unit.file]
+    stop = None if file.compression else unit.stop
     blocks = unit_blocks(source, unit, stored, before=1)
     row = 0
     for begin, block in line_blocks(blocks, unit.start, stop):
@@ -49,7 +50,7 @@ def read(
         lines = [block[max(mark, i) : j] for i, j in zip(starts[held], stops[held], strict=True)]
         known = begin + starts[held] if stop is not None else None
         block = block[mark:] if len(held) == len(starts) else b"\n".join(lines)
-        column = source.text_column
+        column = source.column_of(file)
         yield _batch(block, lines, rows[held], known, count=count, column=column, report=report)
 
 

@@ -76,7 +76,7 @@ def plan(source: Source, index: int, unit_bytes: int, start: Position) -> Iterat
     file = source.files[index]
     if not file.url:
         os.stat(file.path)  # a footer that was kept may be of a file that has gone since
-    known = footer(file, source.text_column, source.patience)
+    known = footer(file, source.column_of(file), source.patience)
     groups = known.metadata.num_row_groups
     group, first_row = 0, 0
     while group < groups and first_row + known.num_rows(group) <= start.row:
@@ -94,7 +94,8 @@ def read(
     source: Source, unit: Unit, stored: Any, *, skip_rows: int, report: Report
 ) -> Iterator[Batch]:
     """The unit's row groups without their first `skip_rows` rows."""
-    known = footer(source.files[unit.file], source.text_column, source.patience)
+    file = source.files[unit.file]
+    known = footer(file, source.column_of(file), source.patience)
     yield from read_row_groups(
         stored, known, unit.start, unit.stop, skip_rows=skip_rows, report=report
     )
