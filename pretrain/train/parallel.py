@@ -107,7 +107,15 @@ def shard(model: Any, ranks: Ranks, dtype: torch.dtype, *, reshard_after_forward
     autocast = torch.autocast(ranks.device.type, dtype=dtype, enabled=lower is not None)
     with torch.no_grad(), autocast:
         model.eval()(torch.zeros(1, 1, dtype=torch.int64, device=ranks.device))
-    model.train(is_training).reshard()
+    reshard(model.train(is_training))
+
+
+def reshard(model: nn.Module) -> None:
+    """Leave each rank its part again after a pass that no backward followed. Only then are a
+    model's parameters those that an optimizer must hold."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _let_norms_take_any(block: nn.Module) -> None:
@@ -152,7 +160,7 @@ def gathered(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        model.reshard()
+        reshard(model)
 
 
 @torch.no_grad()

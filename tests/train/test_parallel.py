@@ -44,8 +44,9 @@ RUNS = [
     ("float16_fsdp", HALF | FSDP | {"dtype": "float16"}),
     ("spared", SHORT | FSDP | {"gradient_checkpointing": True, "reshard_after_forward": False}),
     ("init_from", SHORT | FSDP | {"max_iters": 1, "init_from": "{root}/ddp/final_model.pt"}),
-    ("not_finite", SHORT | FSDP),
     ("graphs", SHORT | FSDP | {"compile": True}),
+    # Last, since a process that ends with an error leaves no group of processes.
+    ("not_finite", SHORT | FSDP),
 ]
 RANK = """
 import functools, glob, json, os, sys
