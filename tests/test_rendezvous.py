@@ -13,7 +13,9 @@ from pathlib import Path
 import forked
 import pytest
 from free_port import free_port
+from tiny_runs import flags, logged, write_shards
 
+import train_gpt2
 from pretrain import rendezvous
 from pretrain.rendezvous import Place, RankError, environment, in_words, meeting_point
 
@@ -227,6 +229,48 @@ def test_ranks_do_not_outlive_a_torchrun_that_was_killed(tmp_path, when):
     wait_for(lambda: not any(map(is_alive, numbers)), 30)
     saved = [(tmp_path / f"saved-{rank}").exists() for rank in range(2)]
     assert saved == ([True, True] if when == "training" else [False, False])
+
+
+AWAITED = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+folder = {folder!r}
+open(os.path.join(folder, f"{{os.getpid()}}"), "w").close()
+while len(os.listdir(folder)) < 4:  # until the ranks of the next start are there too
+    time.sleep(0.05)
+import train_gpt2
+sys.exit(train_gpt2.main())
+"""
+
+
+def test_a_torchrun_killed_while_its_ranks_start_does_not_disturb_the_same_command(tmp_path):
+    """At the same port, with the ranks of the first start still there: both try to join."""
+    data, folder = write_shards(tmp_path / "shards", train_tokens=1000), tmp_path / "pids"
+    folder.mkdir()
+    script = tmp_path / "awaited.py"
+    script.write_text(AWAITED.format(root=str(ROOT), folder=str(folder)))
+    quiet = {"hellaswag": False, "sample_interval": 0, "device": "cpu", "max_iters": 2}
+    two = flags(data, tmp_path / "two", gradient_accumulation_steps=1, **quiet)
+    command = [*TORCHRUN, "--nproc_per_node=2", f"--master_port={free_port()}", str(script), *two]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    first = forked.Popen(command, env=environment, **silent)
+    wait_for(lambda: len(os.listdir(folder)) == 2)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    left_behind = [int(pid) for pid in os.listdir(folder)]
+    assert all(map(is_alive, left_behind))
+    second = forked.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert second.returncode == 0, second.stderr
+    wait_for(lambda: not any(map(is_alive, left_behind)), 30)
+
+    assert train_gpt2.main(flags(data, tmp_path / "one", **quiet)) == 0
+    for event, name in (("train", "loss"), ("eval", "val_loss")):
+        mine, expected = (logged(tmp_path / run, event, name) for run in ("two", "one"))
+        assert mine == pytest.approx(expected, abs=1e-4), name
+    assert (tmp_path / "two" / "metrics.jsonl").read_text().count('"event": "start"') == 1
 
 
 def start_by_hand(script, **variables):

@@ -5,9 +5,12 @@ import json
 import os
 import re
 import sqlite3
+import sys
 import threading
 import time
+from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -144,6 +147,57 @@ def test_other_processes_wait_until_the_shards_are_complete(text, tmp_path, monk
     prepare([text], tmp_path / "data")
     waiting.join(30)
     assert found == [tmp_path / "data"]
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train_gpt2
+
+def die_at(number):
+    left = [number]
+    for name in ("fsync", "replace"):
+        def call(*arguments, real=getattr(os, name), **named):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **named)
+        setattr(os, name, call)
+
+for number in range(1, 100):  # each goes on with what the one before has left
+    child = os.fork()
+    if child == 0:
+        die_at(number)
+        os._exit(train_gpt2.main({flags!r}))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if os.path.exists(os.path.join({out_dir!r}, "metrics.jsonl")):
+        break  # the shards were made, and training has begun
+    assert code == -signal.SIGKILL, (number, code)
+assert number > 3, "it is killed in the middle"
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_while_it_makes_the_shards_of_a_text_a_run_goes_on_as_if_it_had_not_been(
+    text, tmp_path
+):
+    """At the first thing that is asked of the disk, then at the second, and so on."""
+    quiet = {"hellaswag": False, "sample_interval": 0, "device": "cpu", "data": text}
+    for name in ("whole", "killed"):
+        argv = flags(None, tmp_path / name, **quiet, max_iters=1)
+        if name == "killed":
+            code = KILLED.format(
+                root=str(Path(train_gpt2.__file__).parent), flags=argv, out_dir=str(tmp_path / name)
+            )
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            forked.run([sys.executable, "-c", code], check=True, env=environment, timeout=200)
+        assert train_gpt2.main(argv) == 0
+    made, remade = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / "data").iterdir()}
+        for name in ("whole", "killed")
+    )
+    assert remade == made
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
 
 
 def test_unigram_entropy_is_that_of_the_frequencies(tmp_path):

@@ -7,9 +7,10 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
-from tiny_runs import flags, write_shards
+from tiny_runs import flags, logged, write_shards
 
 import train_gpt2
 from pretrain.distributed import Ranks
@@ -216,3 +217,96 @@ def test_killed_20_times_while_saving_a_run_ends_as_if_it_had_not_been(data, tmp
             assert mine[key] == theirs[key], (name, key)
         for key, weight in theirs["model"].items():
             assert torch.equal(mine["model"][key], weight), (name, key)
+
+
+# Best at step 2, since nothing is learned after it; step 4 prunes the file of step 2, whose only
+# name is best_val_loss.pt then; patience ends at step 6.
+STILL = {"min_lr": 0, "lr_decay_iters": 2, "eval_interval": 2, "checkpoint_interval": 1}
+STILL |= {"early_stopping": 2, "max_iters": 40, "keep_checkpoints": 1, "log_interval": 1}
+MOMENTS = [  # where it is killed, once there is an iter-* of which step
+    *(("link refused, save", 2), ("prune", 2), ("half pruned", 4), ("link_best", 6)),
+    ("half pruned", 6),
+]
+KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import train_gpt2
+from pretrain.errors import CheckpointError
+from pretrain.train import saving
+
+def die_at(moment, step, folder):
+    def is_there():
+        return any(Path(folder).glob(f"iter-{{step}}-*.pt"))
+
+    def hook(owner, name, before=lambda path: None, after=lambda path: None):
+        real = getattr(owner, name)
+        def call(path, *more, **named):
+            before(path)
+            result = real(path, *more, **named)
+            after(path)
+            return result
+        setattr(owner, name, call)
+
+    def die(path):
+        if is_there():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def refuse(path):
+        if is_there():
+            raise CheckpointError("not saved (No space left on device)")
+
+    def die_of_pruning(path):
+        if path.name.startswith(("iter-", "resume")):
+            die(path)
+
+    if moment == "half pruned":
+        hook(Path, "unlink", after=die_of_pruning)
+    elif moment == "link_best":
+        hook(saving, "link_best", before=die)
+    elif moment == "prune":
+        hook(saving.checkpoints, "prune", before=die)
+    else:
+        hook(saving.checkpoints, "link", before=refuse)
+        hook(saving.checkpoints, "save", before=die)
+
+for moment, step in {moments!r}:
+    folder = os.path.join({folder!r}, f"{{moment}} {{step}}")
+    for attempt in range(2):
+        child = os.fork()
+        if child == 0:
+            if attempt == 0:
+                die_at(moment, step, folder)
+            os._exit(train_gpt2.main({flags!r} + ["--out_dir", folder]))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == (0 if attempt else -signal.SIGKILL), (moment, step, attempt, code)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_between_a_name_and_the_next_or_pruning_a_run_goes_on_as_if_it_had_not_been(
+    data, tmp_path
+):
+    changes = {"hellaswag": False, "sample_interval": 0, "eval_iters": 1, "device": "cpu"}
+    argv = flags(data, tmp_path / "whole", **changes | STILL)
+    assert train_gpt2.main(argv) == 0
+    code = KILLED_AT.format(root=str(ROOT), folder=str(tmp_path), flags=argv, moments=MOMENTS)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    forked.run([sys.executable, "-c", code], check=True, env=environment, timeout=400)
+
+    def result(folder):
+        files = {path.name: checkpoints.load(path) for path in folder.glob("*.pt")}
+        numbers = ("step", "val_loss", "best_val_loss", "best_step", "evals_since_best")
+        held = {name: [file[each] for each in numbers] for name, file in files.items()}
+        weights = {name: file["model"]["transformer.wte.weight"] for name, file in files.items()}
+        return held, weights, logged(folder), logged(folder, "eval", "val_loss")
+
+    held, weights, *losses = result(tmp_path / "whole")
+    assert held["best_val_loss.pt"][0] == 2 and held["final_model.pt"][::3] == [6, 2]
+    for moment, step in MOMENTS:
+        found, its_weights, *its_losses = result(tmp_path / f"{moment} {step}")
+        if (moment, step) == ("half pruned", 6):  # nothing is left to do, so no save prunes
+            found = {name: found[name] for name in found if not name.startswith("iter-4-")}
+        assert (found, its_losses) == (held, losses), (moment, step)
+        for name, weight in weights.items():
+            assert torch.equal(its_weights[name], weight), (moment, step, name)
