@@ -109,7 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
+        # A user and password in the address ("Basic") are for a proxy before the Hub.
+        kind, _, value = self.headers.get("Authorization", "").partition(" ")
+        token = value if kind == "Bearer" else None
         self.seen = Request(self.path, self.headers["Host"], token)
         self.hub.requests.append(self.seen)
         url = urlsplit(self.path)

@@ -40,15 +40,15 @@ def data(tmp_path_factory):
     return folder
 
 
+VALUES = {name: words.split()[:2] for name, words in re.findall(r"for (\w+) in ([^;]*);", SWEEP)}
+
+
 def loop(data):
     """The statuses of the documented loop's runs, smaller ones, up to the first that fails."""
-    values = {
-        name: words.split()[:2] for name, words in re.findall(r"for (\w+) in ([^;]*);", SWEEP)
-    }
     command = re.search(r"python train_gpt2.py (.*?) \|\| exit", SWEEP, re.DOTALL)[1]
     statuses = []
-    for rate in values["learning_rate"]:
-        for seed in values["seed"]:
+    for rate in VALUES["learning_rate"]:
+        for seed in VALUES["seed"]:
             line = command.replace("$learning_rate", rate).replace("$seed", seed)
             words = shlex.split(line.replace("\\\n", " "))[2:]  # without --config
             statuses.append(train_gpt2.main([*words, "--data_dir", str(data), *TINY]))
@@ -73,21 +73,21 @@ def test_a_sweep_that_was_stopped_goes_on_with_the_same_loop(data, tmp_path, mon
 
     monkeypatch.setattr(runs_module.Run, "advance", stopped_once)
     assert loop(data) == [0, 128 + 15]
-    first = tmp_path / "runs" / "lr0.001-seed1" / "metrics.jsonl"
+    rates = VALUES["learning_rate"]
+    first = tmp_path / "runs" / f"lr{rates[0]}-seed1" / "metrics.jsonl"
     before = first.read_bytes()
     assert loop(data) == [0, 0, 0, 0]
     assert first.read_bytes() == before, "what is finished is passed over"
     folders = sorted((tmp_path / "runs").iterdir())
     assert [folder.name for folder in folders] == [
-        f"lr{rate}-seed{seed}" for rate in ("0.001", "0.002") for seed in (1, 2)
+        f"lr{rate}-seed{seed}" for rate in rates for seed in (1, 2)
     ]
     found = [Run.load(folder) for folder in folders]
     assert [len(run.starts) for run in found] == [1, 2, 1, 1]
     assert {run.status().split(" (")[0] for run in found} == {"finished"}
     assert {"learning_rate", "seed"} <= set(compare(found).header)
     assert [line.split(":")[0] for line in seeds(found)] == [
-        "learning_rate 0.001",
-        "learning_rate 0.002",
+        f"learning_rate {rate}" for rate in rates
     ]
 
 

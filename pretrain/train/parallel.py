@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -107,7 +108,15 @@ def shard(model: Any, ranks: Ranks, dtype: torch.dtype, *, reshard_after_forward
     autocast = torch.autocast(ranks.device.type, dtype=dtype, enabled=lower is not None)
     with torch.no_grad(), autocast:
         model.eval()(torch.zeros(1, 1, dtype=torch.int64, device=ranks.device))
-    model.train(is_training).reshard()
+    reshard(model.train(is_training))
+
+
+def reshard(model: nn.Module) -> None:
+    """Leave each rank its part again after a pass that no backward followed. Only then are a
+    model's parameters those that an optimizer must hold."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _let_norms_take_any(block: nn.Module) -> None:
@@ -124,9 +133,13 @@ def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def compile_blocks(model: nn.Module, compiler: Callable[[Any], Any]) -> None:
-    """Compile each block for training, within its gathering and its checkpoint. Evaluations have
-    too many shapes to be worth it."""
-    for block in blocks_of(model):
+    """Compile each block for training, within its gathering and its checkpoint: a graph each.
+    Evaluations have too many shapes to be worth it."""
+    blocks = blocks_of(model)
+    # They share their code, of which torch compiles no more than 8 versions by itself.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, len(blocks) + 8)
+    for block in blocks:
         block.forward = _compiled_in_training(block, compiler)  # type: ignore[method-assign]
 
 
@@ -152,7 +165,7 @@ def gathered(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        model.reshard()
+        reshard(model)
 
 
 @torch.no_grad()

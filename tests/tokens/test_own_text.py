@@ -427,10 +427,10 @@ def test_what_is_no_terminal_gets_lines_that_begin_alike_and_no_bar(capsys):
     console.say("step 10/20 | val loss 3.3000")
     console.close()
     out, error = capsys.readouterr()
-    first, second = out.splitlines()
-    assert first.startswith("step 10/20 | loss  3.2500 | lr 1.00e-03") and second.startswith(
-        "step 10/20 | "
-    )
+    first, estimate, last = out.splitlines()
+    assert first.startswith("step 10/20 | loss  3.2500 | lr 1.00e-03")
+    assert estimate.startswith("about ") and "the other 10 updates" in estimate
+    assert last.startswith("step 10/20 | ")
     assert error == "" and "\r" not in out
 
 

@@ -44,8 +44,9 @@ RUNS = [
     ("float16_fsdp", HALF | FSDP | {"dtype": "float16"}),
     ("spared", SHORT | FSDP | {"gradient_checkpointing": True, "reshard_after_forward": False}),
     ("init_from", SHORT | FSDP | {"max_iters": 1, "init_from": "{root}/ddp/final_model.pt"}),
-    ("not_finite", SHORT | FSDP),
     ("graphs", SHORT | FSDP | {"compile": True}),
+    # Last, since a process that ends with an error leaves no group of processes.
+    ("not_finite", SHORT | FSDP),
 ]
 RANK = """
 import functools, glob, json, os, sys
@@ -218,22 +219,24 @@ def test_float16_scales_its_gradients_when_sharded(ran):
     assert losses == pytest.approx(logged(ran[0] / "half_ddp"), abs=0.03)
 
 
-def test_all_blocks_share_one_compiled_graph_and_evaluations_have_none(ran):
-    assert ran[1] == 1
+def test_each_block_has_one_compiled_graph_and_evaluations_have_none(ran):
+    assert ran[1] == 3
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
     compiler_problem(torch.device("cpu")) is not None, reason="torch.compile needs a C++ compiler"
 )
-def test_compiled_models_train_alike_on_two_ranks(ran, data, tmp_path):
-    """With the whole compiler, which takes its time."""
-    compiled = SHORT | {"compile": True}
-    runs = [("compiled_ddp", compiled | DDP), ("compiled_fsdp", compiled | FSDP)]
+def test_compiled_models_train_alike_on_two_ranks(data, tmp_path):
+    """With the whole compiler, which takes its time. Without dropout, which it draws otherwise."""
+    plain = SHORT | {"dropout": 0}
+    compiled = plain | {"compile": True}
+    runs = [("plain", plain | DDP)]
+    runs += [("compiled_ddp", compiled | DDP), ("compiled_fsdp", compiled | FSDP)]
     argvs = [(name, flags(data, tmp_path / name, **SETTINGS | run)) for name, run in runs]
     statuses, _, errors = run_ranks(tmp_path, argvs, timeout=900)
-    assert statuses == [0, 0], errors
-    expected = {step: loss for step, loss in logged(ran[0] / "fsdp").items() if step <= 4}
-    for name, _ in runs:
+    assert statuses == [0, 0, 0], errors
+    expected = logged(tmp_path / "plain")
+    for name, _ in runs[1:]:
         assert json.loads((tmp_path / name / "config.json").read_text())["compiled"] is True
         assert logged(tmp_path / name) == pytest.approx(expected, abs=1e-3), name

@@ -14,8 +14,8 @@ from tiny_runs import flags, logged, write_shards
 import train_gpt2
 from pretrain.distributed import Ranks
 from pretrain.report.compare import compare
+from pretrain.report.lines import train_line
 from pretrain.report.page import key_figures
-from pretrain.report.runlog import train_line
 from pretrain.report.runs import Run
 from pretrain.train import costs, speed
 from pretrain.train.costs import Meter, spent

@@ -45,13 +45,13 @@ def read(
         count = len(starts) - skip
         if count <= 0:
             continue
-        held = np.flatnonzero(starts[skip:] < stops[skip:]) + skip  # lines that hold something
+        kept = np.flatnonzero(_is_filled(block, starts, stops)[skip:]) + skip
         mark = len(BOM) if begin == 0 and block.startswith(BOM) else 0
-        lines = [block[max(mark, i) : j] for i, j in zip(starts[held], stops[held], strict=True)]
-        known = begin + starts[held] if stop is not None else None
-        block = block[mark:] if len(held) == len(starts) else b"\n".join(lines)
+        lines = [block[max(mark, i) : j] for i, j in zip(starts[kept], stops[kept], strict=True)]
+        known = begin + starts[kept] if stop is not None else None
+        block = block[mark:] if len(kept) == len(starts) else b"\n".join(lines)
         column = source.column_of(file)
-        yield _batch(block, lines, rows[held], known, count=count, column=column, report=report)
+        yield _batch(block, lines, rows[kept], known, count=count, column=column, report=report)
 
 
 def _lines(block: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -61,6 +61,21 @@ def _lines(block: bytes) -> tuple[np.ndarray, np.ndarray]:
     if not block.endswith(b"\n"):
         stops = np.append(stops, len(block))
     return np.concatenate([[0], stops[:-1] + 1]).astype(np.int64), stops
+
+
+# What bytes.strip() takes for blank, by value; the line feed that ends a line among them.
+FILLED = np.ones(256, bool)
+FILLED[list(b" \t\n\r\v\f")] = False
+SHORT_LINE = 16  # bytes: no documents are so short on average
+
+
+def _is_filled(block: bytes, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """For each line, bool, whether anything may be in it. Blank lines, by the million in a file
+    that is made of them, are told without looking at each; a few among documents are found
+    later."""
+    if len(block) > SHORT_LINE * len(starts):
+        return starts < stops
+    return np.logical_or.reduceat(FILLED[np.frombuffer(block, np.uint8)], starts)
 
 
 def line_blocks(
