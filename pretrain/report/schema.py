@@ -19,6 +19,7 @@ LAST_STEP = 2**53  # exact in float64
 LAST_SECOND = 253_402_300_799  # 9999-12-31, what a date can show
 SETTINGS = 1000  # of a configuration that are shown at most
 NUMBERS = {"train", "eval"}  # events whose fields are numbers
+NESTED = {"tasks", "sources"}  # but for these, which hold some by name
 
 
 def number(value: Any) -> float:
@@ -64,7 +65,7 @@ def clean(record: Any) -> Record | None:
         kept["step"] = int(step)
     rest = {text(k): v for k, v in record.items() if k not in ("event", "time", "step")}
     if event in NUMBERS:
-        kept |= _numbers(rest)
+        kept |= _numbers({key: value for key, value in rest.items() if key not in NESTED})
         if tasks := tasks_of(rest):
             kept["tasks"] = tasks
         if sources := _by_name(rest.get("sources")):

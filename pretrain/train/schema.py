@@ -58,6 +58,7 @@ SETTINGS: Check = (_is_settings, "a dict of plain values with names")
 KEYS: dict[str, Check] = {
     "step": COUNT,
     "tokens": COUNT,
+    "processes": COUNT,
     "evals_since_best": COUNT,
     "last_eval_step": (lambda value: _is_whole(value, -1), "a whole number from -1 on"),
     "best_step": (lambda value: _is_whole(value, -1), "a whole number from -1 on"),
@@ -81,8 +82,10 @@ def problem_in(checkpoint: Any, format: int) -> str | None:
     is."""
     if not isinstance(checkpoint, dict) or type(checkpoint.get("step")) is not int:
         return "not a checkpoint of train_gpt2.py (it has no step)"
-    if checkpoint.get("format") != format:
-        return f"format {checkpoint.get('format')!r:.40}; this version reads {format}"
+    found = checkpoint.get("format")
+    if type(found) is not int or found != format:  # a tensor's comparison has no answer
+        shown = f"{found!r:.40}" if found is None or _is_number(found) else "of something else"
+        return f"format {shown}; this version reads {format}"
     for key, (is_right, noun) in KEYS.items():
         if key in checkpoint and not is_right(checkpoint[key]):
             found = f"{checkpoint[key]!r:.40}" if _is_number(checkpoint[key]) else "something else"

@@ -153,6 +153,8 @@ def test_an_untrained_checkpoint_of_other_flags_makes_room_for_a_new_run(tmp_pat
 
 
 ODD = {
+    "format": [torch.zeros(2), torch.zeros(9, 9), [1], "1", True],
+    "processes": [torch.zeros(2), [2], "2", -1],
     "step": [-1, 2**70, True, 1.5],
     "last_eval_step": [-2, "4"],
     "evals_since_best": [-1, None],
