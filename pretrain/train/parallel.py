@@ -111,7 +111,7 @@ def shard(model: Any, ranks: Ranks, dtype: torch.dtype, *, reshard_after_forward
     reshard(model.train(is_training))
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(model: Any) -> None:
     """Leave each rank its part again after a pass that no backward followed. Only then are a
     model's parameters those that an optimizer must hold."""
     for module in model.modules():
