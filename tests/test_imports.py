@@ -200,8 +200,10 @@ def test_help_and_wrong_flags_are_answered_before_anything_heavy_is_loaded():
     assert done.stderr.count("error:") >= len(PROGRAMS)
 
 
-@pytest.mark.parametrize(("given", "read"), [(None, "PASSIVE"), ("active", "ACTIVE")])
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(given, read):
+@pytest.mark.parametrize(
+    ("given", "running", "is_passive"), [(None, 99, True), (None, 1, False), ("active", 99, False)]
+)
+def test_waiting_threads_sleep_where_others_compute(given, running, is_passive):
     """OpenMP says what it read when it was loaded, which torch does when it is imported."""
     lib = Path(importlib.util.find_spec("torch").origin).parent / "lib"
     libraries = sorted(map(str, lib.glob("libgomp*.so*")))
@@ -210,12 +212,23 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(given, read):
     known = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     if given:
         known["OMP_WAIT_POLICY"] = given
+    code = f"""
+import builtins, ctypes, io
+real = open
+def fake(path, *arguments, **options):
+    if path == "/proc/loadavg":
+        return io.StringIO("0.1 0.1 0.1 {running}/200 4711")
+    return real(path, *arguments, **options)
+builtins.open = fake
+import pretrain
+ctypes.CDLL({libraries[0]!r})
+"""
     done = subprocess.run(
-        [sys.executable, "-c", f"import pretrain, ctypes; ctypes.CDLL({libraries[0]!r})"],
+        [sys.executable, "-c", code],
         cwd=ROOT,
-        env={**known, "OMP_DISPLAY_ENV": "true"},
+        env={**known, "OMP_DISPLAY_ENV": "verbose"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert f"OMP_WAIT_POLICY = '{read}'" in done.stderr
+    assert ("SPINCOUNT = '0'" in done.stderr) == is_passive, done.stderr
