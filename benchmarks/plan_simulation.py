@@ -30,6 +30,7 @@ from pretrain.tokens.manifest import LARGEST_BYTES, Manifest, Shard
 FILES, FILE_BYTES = 25_868, 44e12
 TOKENS, TEXT_BYTES = 15e12, 42e12  # 2.8 stored bytes of the text column a token, as in sample-10BT
 GROUP_ROWS = 1000
+CORES = (16, 256, 4096)  # of 1, 16 and 256 nodes
 GROUP_BYTES = 1000 * 2_000  # of text as stored: some 700 tokens a document
 
 
@@ -121,8 +122,11 @@ def report_manifest(source: Source, shards: int, shard_size: int, scale: float) 
         f" {written:.2f} s, read in {read:.2f} s; of all {size * scale / 1e6:.0f} MB, {fits} the"
         f" limit of {LARGEST_BYTES >> 20} MiB"
     )
-    hours = written / 2 * shards * scale**2 / 3600  # it grows from nothing, and with all files
-    print(f"   written anew after each shard of all: {hours:.1f} h")
+    settings = SimpleNamespace(shard_size=shard_size)
+    for cores in CORES:  # it grows from nothing, and with all files
+        waves = round(TEXT_BYTES / staged.wave_bytes(settings, cores))
+        minutes = written * scale / 2 * waves / 60
+        print(f"   on {cores:,} cores written anew after {waves:,} waves: {minutes:.0f} min in all")
 
 
 if __name__ == "__main__":

@@ -41,12 +41,14 @@ EPS = torch.finfo(torch.float32).eps  # said, since torch's own default depends 
 # The record's learning rates at width 768. Muon's is the one that --learning_rate states; the
 # others follow it in proportion.
 MUON_RATE, EMBED_RATE, HEAD_RATE, VECTOR_RATE = 0.025, 0.7, 0.004, 0.015
+VALUE_RATE = 0.35  # of the tables of values, which the record's simplest model has not: tried here
 TUNED_WIDTH = 768
 
 
 @dataclass
 class ModernConfig(GPTConfig):
     n_head: int = 6
+    value_embeddings: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +61,10 @@ class ModernConfig(GPTConfig):
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Every second block, the last of them in any case."""
+        return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
 
 
 def rotation(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -95,11 +101,15 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         turn: tuple[Tensor, Tensor],
+        value: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (m(x).view(B, T, self.n_head, -1) for m in (self.q, self.k, self.v))
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if value is not None:
+            v = v + value.to(v.dtype)
+        q, k, v = (t.view(B, T, self.n_head, -1) for t in (q, k, v))
         q, k = (normed_and_rotated(t, *turn).to(v.dtype) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, n_head, T, head_dim)
         if cache is not None:  # keys are kept as turned: only distances matter afterwards
@@ -142,10 +152,11 @@ class Block(nn.Module):
         self,
         x: Tensor,
         turn: tuple[Tensor, Tensor],
+        value: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        x = x + self.drop(self.attn(self.norm_1(x), turn, mask, cache))
+        x = x + self.drop(self.attn(self.norm_1(x), turn, value, mask, cache))
         return x + self.drop(self.mlp(self.norm_2(x)))
 
 
@@ -166,6 +177,14 @@ class Modern(nn.Module):
             self.norm_in = nn.RMSNorm(config.n_embd, eps=EPS)
             self.drop = nn.Dropout(config.dropout)
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+            # What a token adds to its value, whatever came before it: tables beside the embedding.
+            self.values = nn.ModuleDict(
+                {
+                    str(layer): nn.Embedding(config.vocab_size, config.n_embd)
+                    for layer in range(config.n_layer)
+                    if config.has_value_embedding(layer)
+                }
+            )
             self.norm_out = nn.RMSNorm(config.n_embd, eps=EPS)
             # Rows are padded for the matrix units, as model.GPT's are; further rows stay zero.
             self.head = Linear(config.n_embd, config.padded_vocab_size, bias=config.bias)
@@ -177,7 +196,7 @@ class Modern(nn.Module):
         """The embedding N(0, 1), whose scale the norm behind it takes away; what writes to the
         residual stream, the head and biases 0; other matrices N(0, 0.33 / fan_in); gains 1."""
         for name, parameter in self.named_parameters():
-            if name.endswith(("proj.weight", "bias")) or name == "head.weight":
+            if name.endswith(("proj.weight", "bias")) or name.startswith(("head.", "values.")):
                 parameter.zero_()
             elif parameter.dim() == 1:
                 parameter.fill_(1.0)
@@ -221,11 +240,13 @@ class Modern(nn.Module):
             position_ids = torch.arange(start, start + T, device=idx.device)
         turn = rotation(position_ids, self.config.head_dim)
         x = residual(self.drop(self.norm_in(self.embed(idx))), self.residual_dtype)
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            has_value = self.config.has_value_embedding(layer)
+            value = self.values[str(layer)](idx) if has_value else None
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, turn, attn_mask, use_reentrant=False)
+                x = checkpoint(block, x, turn, value, attn_mask, use_reentrant=False)
             else:
-                x = block(x, turn, attn_mask, cache)
+                x = block(x, turn, value, attn_mask, cache)
         if cache:
             cache.length += T
         return self.norm_out(x)
@@ -282,12 +303,16 @@ class Modern(nn.Module):
         """FLOPs of forward and backward per trained token, 6N + 12LHQT: PaLM (Chowdhery et al.
         2022), appendix B.
 
-        N: parameters without the embedding, which is looked up and multiplies nothing; the head,
+        N: parameters without the embeddings, which are looked up and multiply nothing; the head,
         a matrix of its own, counts. Muon's work is per update, not per token, and not in it.
         """
         c = self.config
-        n = self.num_parameters() - self.embed.weight.numel()
+        n = self.num_parameters() - sum(table.numel() for table in self.tables())
         return 6 * n + 12 * c.n_layer * c.n_embd * (seq_len or c.block_size)
+
+    def tables(self) -> list[Tensor]:
+        """Weights of which a token takes a row: the embedding, and those of values."""
+        return [self.embed.weight, *self.values.parameters()]
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """Which optimizer updates what, and at which rate beside Muon's: see optim.muon().
@@ -307,9 +332,11 @@ class Modern(nn.Module):
                 adamw | {"params": params, "lr_scale": by_width * rate / MUON_RATE}
                 for params, rate in (
                     ([self.embed.weight], EMBED_RATE),
+                    (list(self.values.parameters()), VALUE_RATE),
                     ([self.head.weight], HEAD_RATE),
                     (vectors, VECTOR_RATE),
                 )
+                if params
             ),
         ]
 

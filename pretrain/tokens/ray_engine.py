@@ -8,6 +8,7 @@ dies. What the tasks make lies in a folder that all machines see; nothing but it
 back.
 """
 
+import contextlib
 import itertools
 import logging
 import os
@@ -21,6 +22,8 @@ from pretrain.text.documents import Source
 from pretrain.tokens.build import Work
 from pretrain.tokens.destination import StoreDestination
 from pretrain.tokens.progress import in_bytes
+from pretrain.tokens.scratch import UnitJob
+from pretrain.tokens.shard_jobs import ShardJob
 from pretrain.tokens.shards import Manifest, ShardError
 from pretrain.tokens.staged import Result, build_staged, scratch_bytes
 from pretrain.tokens.verify import verify_folder
@@ -32,6 +35,7 @@ INSTALL = "pip install -r requirements-ray.txt"
 RETRIES = 20  # of a task whose worker died: machines come and go in a long build
 AHEAD = 2  # tasks handed over for each core: the next one is there when one ends
 ROOT = Path(__file__).parents[2]
+VARIABLES = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of workers
 
 
 class RayError(UserError):
@@ -50,12 +54,12 @@ def build_on_ray(
         manifest = build_staged(
             source, folder, request.settings, work, engine, name=name, expected_tokens=tokens
         )
-    store = work.destination
-    if isinstance(store, StoreDestination):  # each shard was verified here before it was sent
-        sent = store.in_full(manifest)
-        problems = [f"{each.file} is not there" for each in manifest.shards if each not in sent]
-    else:
-        problems = verify_folder(folder).problems
+        store = work.destination
+        if isinstance(store, StoreDestination):  # each shard was verified here before it was sent
+            sent = store.in_full(manifest)
+            problems = [f"{each.file} is not there" for each in manifest.shards if each not in sent]
+        else:
+            problems = verify_folder(folder, mapped=engine.map_in_order).problems
     if problems:
         raise ShardError(f"{store.shown(folder)}: {'; '.join(problems[:5])}")
     return manifest
@@ -77,13 +81,16 @@ class RayEngine:
             "logging_level": logging.ERROR,
             # Without one Ray would join a cluster that RAY_ADDRESS names or this machine has.
             "address": address or "local",
-            "runtime_env": _same_code(is_remote=address is not None),
         }
         if address is None:
             options |= {"num_cpus": num_cpus, "include_dashboard": False}
+        else:
+            package = str(Path(__file__).parents[1])
+            options["runtime_env"] = {"py_modules": [package], "env_vars": VARIABLES}
         try:
             _reach(address)
-            ray.init(**options)
+            with _inherited() if address is None else contextlib.nullcontext():
+                ray.init(**options)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             if address is None:
                 problem = first_line(error)
@@ -119,6 +126,17 @@ class RayEngine:
             for task in itertools.islice(waiting, 1):
                 running[remote.remote(task)] = task
 
+    def map_in_order(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        """The results in the order of the items. Raises like map."""
+
+        def of_item(numbered: tuple[int, Any]) -> Any:
+            return function(numbered[1])
+
+        found = {}
+        for (index, _), result in self.map(of_item, enumerate(items)):
+            found[index] = result
+        return [found[index] for index in range(len(found))]
+
 
 def _reach(address: str | None) -> None:
     """Raise OSError where nobody listens: Ray itself would wait for minutes."""
@@ -138,8 +156,11 @@ def _result(reference: Any, task: Any) -> Any:
             raise cause from None
         raise
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.RayError) as error:
-        what = getattr(getattr(task, "unit", None), "file", None)
-        where = task.source.files[what].path if what is not None else f"shard {task.index}"
+        where = "a shard's verification"
+        if isinstance(task, UnitJob):
+            where = task.source.files[task.unit.file].path
+        elif isinstance(task, ShardJob):
+            where = f"shard {task.index}"
         raise RayError(
             f"{where}: its worker died {RETRIES + 1} times ({type(error).__name__}: often a "
             "lack of memory, which `ray start --num-cpus N` with a smaller N eases); the same "
@@ -147,11 +168,18 @@ def _result(reference: Any, task: Any) -> Any:
         ) from None
 
 
-def _same_code(is_remote: bool) -> dict[str, Any]:
-    """What lets a worker import this package: its folder here, a copy of it on other machines."""
-    variables = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    if is_remote:
-        package = str(Path(__file__).parents[1])
-        return {"py_modules": [package], "env_vars": variables}
+@contextlib.contextmanager
+def _inherited() -> Iterator[None]:
+    """What workers on this machine need to import this package, in the environment that they take
+    over from whoever starts the cluster: a runtime_env would throw away the workers that Ray has
+    started in advance, and start others, which takes seconds."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {"env_vars": variables | {"PYTHONPATH": path}}
+    before = dict(os.environ)
+    os.environ.update(VARIABLES | {"PYTHONPATH": path})
+    try:
+        yield
+    finally:
+        for name in (*VARIABLES, "PYTHONPATH"):
+            os.environ.pop(name)
+            if name in before:
+                os.environ[name] = before[name]

@@ -300,8 +300,12 @@ class StagedBuild:
             manifest.shards.append(shard)
             manifest.next = behind
             manifest.complete = is_last and job.stop == total
+        if jobs:
+            # Once a wave: a manifest of 100,000 shards takes a second to write, and each of them
+            # would ask for it anew.
             self.work.destination.publish(self.folder, manifest)
-            self.work.progress.shard(shard)
+        for job in jobs:
+            self.work.progress.shard(made[job][0])
         self._drop_packed(manifest.tokens)
 
     def _shard_job(

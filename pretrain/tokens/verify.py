@@ -8,10 +8,13 @@ Documents are compared where the source is at hand and unchanged; otherwise a no
 were not.
 """
 
+import functools
 import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -64,8 +67,20 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
 
-def verify_folder(folder: Path, store: StoreDestination | None = None) -> Findings:
+class Map(Protocol):
+    """As the built-in map, of one iterable: wherever it calls the function, results are in
+    order."""
+
+    def __call__(
+        self, function: Callable[[Any], Any], items: Iterable[Any], /
+    ) -> Iterable[Any]: ...
+
+
+def verify_folder(
+    folder: Path, store: StoreDestination | None = None, mapped: Map | None = None
+) -> Findings:
     """Read all shards of a folder through, or those of a store whose manifest the folder has.
+    mapped: who looks at shards side by side, by default threads of this process.
 
     Raises ShardError when it has none, or an unreadable manifest, SourceError for a store that is
     away.
@@ -84,18 +99,20 @@ def verify_folder(folder: Path, store: StoreDestination | None = None) -> Findin
     findings.shards = len(listed)
     # Hashing runs without the interpreter's lock; of a store so many shards lie on the disk.
     with ThreadPoolExecutor(AT_ONCE if store else os.cpu_count()) as pool:
-        results = list(pool.map(lambda entry: _verify(folder, store, *entry), listed))
-    findings.problems += [result for result in results if isinstance(result, str)]
-    findings.tokens = sum(result for result in results if isinstance(result, int))
-    if manifest and not findings.problems:
-        _compare_with_source(folder, store, manifest, findings)
+        mapped = mapped or pool.map
+        results = list(mapped(functools.partial(_verify, folder, store), listed))
+        findings.problems += [result for result in results if isinstance(result, str)]
+        findings.tokens = sum(result for result in results if isinstance(result, int))
+        if manifest and not findings.problems:
+            _compare_with_source(folder, store, manifest, findings, mapped)
     return findings
 
 
 def _verify(
-    folder: Path, store: StoreDestination | None, name: str, shard: Shard | None
+    folder: Path, store: StoreDestination | None, entry: tuple[str, Shard | None]
 ) -> int | str:
     """The shard's tokens, or what is wrong with it."""
+    name, shard = entry
     if store is None:
         return _verify_file(folder / name, shard)
     try:
@@ -141,7 +158,11 @@ def _check_manifest(manifest: Manifest, files: list[str], findings: Findings) ->
 
 
 def _compare_with_source(
-    folder: Path, store: StoreDestination | None, manifest: Manifest, findings: Findings
+    folder: Path,
+    store: StoreDestination | None,
+    manifest: Manifest,
+    findings: Findings,
+    mapped: Map,
 ) -> None:
     try:
         source = reopen_source(manifest, PATIENCE)
@@ -152,10 +173,10 @@ def _compare_with_source(
             )
             return
         count = min(SAMPLED_SHARDS, len(manifest.shards))
-        for index in sorted({round(i) for i in np.linspace(0, len(manifest.shards) - 1, count)}):
-            shard = manifest.shards[index]
-            tokens = store.beginning(shard) if store else open_shard(folder / shard.file)
-            compared, difference = _compare_beginning(source, shard, tokens)
+        places = sorted({round(i) for i in np.linspace(0, len(manifest.shards) - 1, count)})
+        shards = [manifest.shards[index] for index in places]
+        compare = functools.partial(_compare_beginning, folder, store, source)
+        for shard, (compared, difference) in zip(shards, mapped(compare, shards), strict=True):
             findings.compared += compared
             if difference:
                 findings.problems.append(f"{folder / shard.file}: {difference}")
@@ -188,10 +209,13 @@ def reopen_source(manifest: Manifest, patience: Patience | None = None) -> Sourc
     )
 
 
-def _compare_beginning(source: Source, shard: Shard, tokens: np.ndarray) -> tuple[int, str | None]:
+def _compare_beginning(
+    folder: Path, store: StoreDestination | None, source: Source, shard: Shard
+) -> tuple[int, str | None]:
     """Encode the documents with which a shard begins anew: (how many, what differs)."""
     if not shard.first:
         raise SourceError(f"{MANIFEST} does not say where {shard.file} begins")
+    tokens = store.beginning(shard) if store else open_shard(folder / shard.file)
     start = Position.from_json(shard.first)
     tokenizer = Tokenizer("tiktoken")
     drop, at, count, read = start.token, 0, 0, 0

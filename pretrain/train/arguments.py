@@ -66,6 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dropout", type=SHARE, default=0.0,
         help="0 for pretraining, 0.1 or more for small data (%(default)s)")
     add("--bias", action=switch, default=True, help="biases, as GPT-2 has them (on)")
+    add("--value_embeddings", action=switch, default=False,
+        help="of --model modern: in every second block each token adds a learnt vector of its own "
+             "to its value. A lower loss at the same speed, for a table of the vocabulary's size "
+             "in each of these blocks (off)")
     add("--init_from", default="scratch", metavar="WHAT",
         help="weights to begin with: scratch, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a checkpoint "
              "of this program, or a folder in Hugging Face's format; sizes come with the weights "

@@ -7,7 +7,7 @@ Every rank makes the same calls: what one of them cannot do, none of them does.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def initial_model(run: Run) -> tuple["GPT", int]:
         make = partial(build_model, settings, weights, settings.init_from)
     else:
         new_model, config = models.ARCHITECTURES[settings.model].load()
-        sizes = ("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout")
+        sizes = [f.name for f in fields(config) if hasattr(settings, f.name)]
         make = partial(new_model, config(**{name: getattr(settings, name) for name in sizes}))
     model = parallel.placed(make, settings, ranks, precision(run)[0])
     configure(model, settings, precision(run)[0])
@@ -60,7 +60,8 @@ def read_weights(settings: TrainSettings) -> dict[str, Any]:
     name = settings.init_from
     loaded = models.from_pretrained(name)
     config = loaded.config
-    has = asdict(config) | {"model": models.architecture_of(loaded)}
+    has = {"value_embeddings": False} | asdict(config)
+    has["model"] = models.architecture_of(loaded)
     wrong = [
         f"--{size} {getattr(settings, size)}"
         for size in sorted(settings.asked_sizes - {"block_size"})
@@ -90,15 +91,17 @@ def build_model(settings: TrainSettings, weights: dict[str, Any], where: str) ->
 
 def identity_of(settings: TrainSettings, model: "GPT", loader: BatchLoader) -> dict[str, Any]:
     """What no part of a run may change."""
-    names = ("n_layer", "n_head", "n_embd", "bias")
+    names = ("n_layer", "n_head", "n_embd", "bias", "value_embeddings")
     sizes = {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
     asked = {name: getattr(settings, name) for name in sizes if name in settings.asked_sizes}
+    sizes |= asked
+    if not sizes.get("value_embeddings"):
+        sizes.pop("value_embeddings", None)  # as checkpoints from before there were any have it
     is_asked = "model" in settings.asked_sizes
     return {
         "model": settings.model if is_asked else models.architecture_of(model),
         "optimizer": settings.optimizer,
         **sizes,
-        **asked,
         "block_size": loader.block_size,
         "stride": loader.stride,
         "tokens per update": loader.global_batch * loader.block_size,

@@ -40,7 +40,8 @@ CANNOT_BE_READ = (
 )
 # Flags that decide what a run trains, and on what.
 SHAPING = (
-    *("n_layer", "n_head", "n_embd", "bias", "block_size", "dropout", "init_from"),
+    *("n_layer", "n_head", "n_embd", "bias", "value_embeddings", "block_size", "dropout"),
+    "init_from",
     *("data", "data_dir", "stride", "shuffle", "seed"),
     *("batch_size", "gradient_accumulation_steps", "total_batch_tokens"),
 )

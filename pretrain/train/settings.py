@@ -58,6 +58,7 @@ class TrainSettings:
     block_size: int
     dropout: float
     bias: bool
+    value_embeddings: bool
     init_from: str
     # data
     data_dir: str | list[str]  # a list: the sources of a mixture
@@ -142,7 +143,7 @@ class TrainSettings:
     def asked_sizes(self) -> set[str]:
         """What of the flags a model must agree with, its architecture and its sizes: all of them
         for a new one, those that were given for weights from elsewhere."""
-        sizes = {"model", "n_layer", "n_head", "n_embd", "bias", "block_size"}
+        sizes = {"model", "n_layer", "n_head", "n_embd", "bias", "value_embeddings", "block_size"}
         anew = self.init_from == "scratch" and not self.eval_only
         return sizes if anew else sizes & self.given
 
@@ -251,6 +252,8 @@ def _check_numbers(settings: TrainSettings) -> list[str]:
             f"--n_embd {settings.n_embd}, --n_head {settings.n_head}: heads of"
             f" {settings.n_embd // settings.n_head}; --model modern needs a multiple of 4"
         )
+    if settings.value_embeddings and settings.model != "modern" and settings.init_from == "scratch":
+        problems.append("--value_embeddings: only --model modern has them")
     if settings.min_lr > settings.learning_rate:
         problems.append(
             f"--min_lr {settings.min_lr}: above --learning_rate {settings.learning_rate}"

@@ -53,6 +53,9 @@ def whole(flags, tmp_path_factory):
     return out_dir
 
 
+VALUES = ["--value_embeddings"]
+
+
 def logged(out_dir, event, *names):
     """The values of each step; of a step that was made twice, those of the last time."""
     lines = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
@@ -74,12 +77,12 @@ def test_the_rate_is_constant_and_then_falls_in_a_line_and_the_loss_falls(whole)
     assert losses[0] == pytest.approx(np.log(50257), abs=1e-4) and losses == sorted(losses)[::-1]
 
 
-@pytest.mark.parametrize("model", ["modern", "gpt2"])
-def test_interrupted_the_same_command_goes_on_bit_for_bit(
-    model, flags, whole, tmp_path, monkeypatch
+@pytest.mark.parametrize(("model", "further"), [("modern", []), ("modern", VALUES), ("gpt2", [])])
+def test_interrupted_the_same_command_goes_on_bit_for_bit(  # noqa: PLR0917 (cases and fixtures)
+    model, further, flags, whole, tmp_path, monkeypatch
 ):
-    flags = [*flags, "--model", model]
-    if model != "modern":  # Muon takes its queries, keys and values apart
+    flags = [*flags, "--model", model, *further]
+    if model != "modern" or further:  # Muon takes GPT-2's queries, keys and values apart
         whole = tmp_path / "whole"
         assert train_gpt2.main([*flags, "--out_dir", str(whole)]) == 0
     seed_dropout, sent = train_gpt2.seed_dropout, []
@@ -193,6 +196,17 @@ def test_with_muon_other_defaults_hold_and_what_is_given_stays(data):
     assert not problems and (settings.warmup_iters, settings.learning_rate) == (50, 6e-4)
     settings, problems = resolve(here, 1)
     assert (settings.learning_rate, settings.n_head, settings.lr_decay_iters) == (6e-4, 12, 600000)
+
+
+def test_tables_of_values_belong_to_a_run_and_to_the_modern_model(whole, flags, tmp_path, capfd):
+    assert train_gpt2.main([*flags, *VALUES, "--out_dir", str(whole)]) == 1
+    assert "value_embeddings: None in the checkpoint, True now" in capfd.readouterr().err
+    wrong = ["--model", "gpt2", "--optimizer", "adamw", "--out_dir", str(tmp_path)]
+    assert train_gpt2.main([*flags, *VALUES, *wrong]) == 2
+    assert "--value_embeddings: only --model modern has them" in capfd.readouterr().err
+    begin = ["--init_from", str(whole / "final_model.pt"), "--out_dir", str(tmp_path)]
+    assert train_gpt2.main([*flags, *VALUES, *begin]) == 1
+    assert "leave out --value_embeddings True" in capfd.readouterr().err
 
 
 def test_heads_that_cannot_turn_are_refused_before_a_start(data):
