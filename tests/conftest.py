@@ -8,6 +8,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_xdist_auto_num_workers():
+    """One more than cores: many tests wait for a process to start, to end or to give up."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
     """Long tests come first: one that came last would run alone while other cores are idle."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -163,7 +163,7 @@ def test_a_warmup_longer_than_the_epochs_is_refused(data, tmp_path, capfd):
     assert "--warmup_iters 9: after --lr_decay_iters 6 (1 epochs are 6 updates)" in error
 
 
-def test_overlapping_windows_are_more_and_leave_validation_as_it_is(data, tmp_path):
+def test_overlapping_windows_are_more_and_leave_validation_as_it_is(data, tmp_path, capfd):
     import json
 
     for name, stride in (("plain", 0), ("half", 8)):
@@ -186,6 +186,8 @@ def test_overlapping_windows_are_more_and_leave_validation_as_it_is(data, tmp_pa
         json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "half")
     )
     assert plain["steps_per_epoch"] == 21 / 4
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("schedule")]
+    assert ["epochs of windows that have each token 2 times;" in line for line in said] == [0, 1]
     assert half["steps_per_epoch"] == ((340 - 1 - 16) // 8 + 1) / 4
     assert half["evaluated_windows"]["val"] == plain["evaluated_windows"]["val"] == 5
     first = [logged(tmp_path / name, "eval", "val_loss")[0] for name in ("plain", "half")]

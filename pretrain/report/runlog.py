@@ -209,7 +209,7 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
             f" x {setup['micro_steps']} micro-steps x {setup['processes']} process(es)",
             f"schedule    {flags['max_iters']:,} updates, {setup['max_tokens']:,} tokens, "
             f"{epochs:.2f}"
-            f" epochs{' of all sources together' * ('sources' in setup)};"
+            f" epochs{' of all sources together' * ('sources' in setup)}{_overlapping(setup)};"
             f" learning rate {setup['last_learning_rate']:.1e} at the end",
             f"evaluation  {evaluated}",
             f"device      {setup['device']}, {setup['dtype']}{', compiled' * setup['compiled']}, "
@@ -218,6 +218,14 @@ def start_block(setup: dict[str, Any], origin: str) -> str:
             f"output      {flags['out_dir']}: {origin}",
         ]
     )
+
+
+def _overlapping(setup: dict[str, Any]) -> str:
+    """How many windows of an epoch have a token, where they overlap."""
+    block_size, stride = setup["run"]["block_size"], setup["run"].get("stride") or 0
+    if not 0 < stride < block_size:
+        return ""
+    return f" of windows that have each token {block_size / stride:.3g} times"
 
 
 def _data_lines(setup: dict[str, Any], unigram: str) -> list[str]:

@@ -9,6 +9,7 @@ the blocks are like the second. What the allocator adds (fragments, the librarie
 percent to a tenth) is not in it.
 """
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -145,30 +146,58 @@ def _activations(
 ) -> int:
     """Bytes kept from forward to backward, and those of one block again: backward makes as much of
     it anew, or all of it where activations are not kept."""
-
     kinds = (kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch."))
-    kind, is_lower = next(kinds), dtype != torch.float32
+    kind: Any = next(kinds)
 
     def kept(n_layer: int, checkpointing: bool) -> int:
-        with torch.device("meta"):
-            sample = kind(replace(model.config, n_layer=n_layer)).train()
-        sample.gradient_checkpointing = checkpointing
-        sample.residual_dtype = model.residual_dtype
-        # Blocks are gathered in the dtype of the computation, where autocast would keep a copy.
-        in_blocks = [m for b in blocks_of(sample) for m in b.modules()] if is_sharded else []
-        with FakeTensorMode():
-            for module in sample.modules():
-                for name, parameter in module.named_parameters(recurse=False):
-                    of = dtype if module in in_blocks else torch.float32
-                    fake = nn.Parameter(torch.empty(parameter.shape, dtype=of, device="cpu"))
-                    setattr(module, name, fake)
-            tokens = torch.zeros(batch_size, block_size, dtype=torch.int64, device="cpu")
-            with _Alive(sample) as alive, torch.autocast("cpu", dtype, enabled=is_lower):
-                hidden = sample.hidden_states(tokens)
-            return alive.bytes if hidden.requires_grad else 0
+        config: Any = replace(model.config, n_layer=n_layer)
+        config_kind: Any = type(config)
+        return _kept(
+            kind,
+            config_kind,
+            tuple(asdict(config).items()),
+            checkpointing=checkpointing,
+            residual_dtype=model.residual_dtype,
+            shape=(batch_size, block_size),
+            dtype=dtype,
+            is_sharded=is_sharded,
+        )
 
     one, two = (kept(layers, model.gradient_checkpointing) for layers in (1, 2))
     block = two - one
     if model.gradient_checkpointing:
         block = kept(2, False) - kept(1, False)
     return one + (model.config.n_layer - 1) * (two - one) + block
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(
+    kind: type[nn.Module],
+    config_kind: type,
+    config: tuple[tuple[str, Any], ...],
+    *,
+    checkpointing: bool,
+    residual_dtype: torch.dtype | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    is_sharded: bool,
+) -> int:
+    """Bytes that a forward pass of a new model of this kind leaves for backward. shape: of the
+    tokens. Remembered, since several runs in one process are mostly alike."""
+    with torch.device("meta"):
+        sample: Any = kind(config_kind(**dict(config))).train()
+    sample.gradient_checkpointing = checkpointing
+    sample.residual_dtype = residual_dtype
+    # Blocks are gathered in the dtype of the computation, where autocast would keep a copy.
+    in_blocks = [m for b in blocks_of(sample) for m in b.modules()] if is_sharded else []
+    with FakeTensorMode():
+        for module in sample.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                of = dtype if module in in_blocks else torch.float32
+                fake = nn.Parameter(torch.empty(parameter.shape, dtype=of, device="cpu"))
+                setattr(module, name, fake)
+        tokens = torch.zeros(*shape, dtype=torch.int64, device="cpu")
+        is_lower = dtype != torch.float32
+        with _Alive(sample) as alive, torch.autocast("cpu", dtype, enabled=is_lower):
+            hidden = sample.hidden_states(tokens)
+        return alive.bytes if hidden.requires_grad else 0
