@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hellaswag import Example, Result, ensure_data, evaluate, load_examples
 from model import GPT, GPTConfig, load_checkpoint
 from pretrain.distributed import pick_device, synchronize
+from pretrain.eval.hellaswag import DataUnavailable
 from pretrain.tokens.tokenizer import load_encoding
 
 TOLERANCE = 1e-4  # nats, in float32
@@ -193,7 +194,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--ranks", action="store_true", help="only compare two ranks with one process, on a CPU")
     # fmt: on
     args = parser.parse_args(argv)
-    data = args.data or ensure_data(progress=True)
+    try:
+        data = args.data or ensure_data(progress=True)
+    except DataUnavailable as error:
+        print(f"{error}; or name a copy of it with --data", file=sys.stderr)
+        return 1
     examples, total = load_examples(data, args.examples), len(load_examples(data))
     device = torch.device("cpu") if args.ranks else pick_device(args.device)
     cases = [

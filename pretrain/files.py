@@ -115,10 +115,17 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name is text: Python has other bytes of a file's name as halves of surrogate
+    pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """A UTF-8 file, atomically. Raises OSError."""
+    r"""A UTF-8 file, atomically; half a surrogate pair, as Python has it for a byte of a file's
+    name that is no UTF-8, becomes \udcff, which JSON reads as what it was. Raises OSError."""
     with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from pretrain.errors import UserError, first_line
+from pretrain.files import is_utf8
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _UNSET = object()
@@ -33,6 +34,10 @@ def parse(
     problem keep their defaults. The parser must have been made with exit_on_error=False and
     allow_abbrev=False."""
     defaults = vars(parser.parse_args([]))
+    # No manifest, checkpoint or page could record them.
+    if foreign := [word for word in argv if not is_utf8(word)]:
+        problems = [f"{word!a}: not UTF-8; rename what it names" for word in foreign]
+        return argparse.Namespace(**defaults), set(), problems
     flags, problems = _spell_switches(parser, list(argv)), []
     while True:
         found = argparse.Namespace(**dict.fromkeys(defaults, _UNSET))

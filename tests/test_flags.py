@@ -53,6 +53,14 @@ def test_what_was_given_is_told_from_defaults(parser):
     )
 
 
+@pytest.mark.parametrize("words", [["--out_dir", "n\udcff"], ["--out_dir=n\udcff"], ["\udcff"]])
+def test_what_is_not_utf8_is_refused_before_anything_is_made_of_it(parser, words):
+    args, given, problems = parse(parser, words)
+    assert args.out_dir == "checkpoints" and not given
+    said = words[-1].replace("\udcff", "\\udcff")
+    assert problems == [f"'{said}': not UTF-8; rename what it names"]
+
+
 def test_all_mistakes_are_reported_together(parser):
     words = [
         "--batch_size",

@@ -35,10 +35,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pretrain.errors import UserError
 from pretrain.report import schema
 from pretrain.report.known import title
 
 FILE_NAME = "metrics.jsonl"
+NOT_A_LOG = "not a regular file; move it away, or use another --out_dir"
 # Loss and accuracy by set of windows, and the summaries of tasks by their names.
 Measured = tuple[dict[str, dict[str, float]], dict[str, Any]]
 
@@ -54,6 +56,8 @@ class RunLog:
         self._trackers: list[Any] = []
         self._pending = b""
         self._waiting = False  # for room on the disk
+        if enabled and self.path.exists() and not schema.is_regular(self.path):
+            raise UserError(f"{self.path}: {NOT_A_LOG}")
         if enabled and self.path.exists() and self.path.stat().st_size:
             with open(self.path, "rb") as file:
                 file.seek(-1, os.SEEK_END)
@@ -105,7 +109,9 @@ class RunLog:
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """All records of a metrics.jsonl as they are, in file order. Lines that a kill left unfinished
-    are skipped."""
+    are skipped. Raises UserError for a pipe or a device, OSError."""
+    if not schema.is_regular(Path(path)):
+        raise UserError(f"{path}: {NOT_A_LOG}")
     records = []
     for line in Path(path).read_bytes().splitlines():
         try:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.files import is_utf8
 from pretrain.text import addresses
 from pretrain.text.readers import NAMED_ONLY, READABLE, format_of
 from pretrain.text.source import SourceError
@@ -81,7 +82,10 @@ def _entry(path: Path) -> Iterator[Found]:
         return
     # what cannot be looked at and has no ending could be a folder of documents
     if format_of(path.name) or (what != FILE and not path.suffix and not _is_special(path)):
-        yield Found(path, None if what == FILE else what)
+        problem = None if what == FILE else what
+        if not is_utf8(str(path)):
+            problem = "its name is not UTF-8, and the manifest could not record it; rename it"
+        yield Found(path, problem)
 
 
 def _is_special(path: Path) -> bool:

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from pretrain.errors import UserError
 from pretrain.report import runlog
 from pretrain.report.lines import eval_line, train_line
 from pretrain.report.runlog import RunLog, Stopwatch, last_per_step, read_log
@@ -29,6 +30,16 @@ def test_what_is_written_is_read_back_in_order(tmp_path):
     assert [r["event"] for r in records] == ["start", "train"]
     assert records[0]["flags"] == {"seed": 1337} and records[1]["loss"] == 0.1 + 0.2
     assert all(abs(r["time"] - time.time()) < 60 for r in records)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_under_the_logs_name_is_refused_and_not_waited_for(tmp_path, kind):
+    path = tmp_path / "metrics.jsonl"
+    makers = {"pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/full")}
+    makers.get(kind, os.mkdir)(path)
+    for use in (RunLog, lambda folder: read_log(folder / "metrics.jsonl")):
+        with pytest.raises(UserError, match=r"metrics\.jsonl: not a regular file; move it away"):
+            use(tmp_path)
 
 
 def test_a_second_writer_continues_the_file(tmp_path):
@@ -89,8 +100,8 @@ def test_lines_wait_while_the_disk_is_full_and_follow_later(tmp_path, monkeypatc
 
 
 def test_lines_that_never_found_room_are_said_at_the_end(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     log = RunLog(tmp_path)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     log.write("train", step=1)
     log.close(1, ValueError("a fault"))
     first, last = capsys.readouterr().err.splitlines()

@@ -154,6 +154,15 @@ def test_a_pipe_is_refused_at_once(tmp_path, where):
     assert stat.S_ISFIFO(os.stat(top / "pipe.txt").st_mode)
 
 
+def test_a_name_that_is_not_utf8_is_refused_or_left_out_and_told(tmp_path):
+    top = tree(tmp_path / "top", "a.txt")
+    (top / "b\udcff.txt").write_text("b")
+    with pytest.raises(SourceError, match=r"b.*\.txt: its name is not UTF-8.*rename it"):
+        local_source([top])
+    source = local_source([top], on_bad_document="skip")
+    assert [file.problem is None for file in source.files] == [True, False]
+
+
 def test_a_device_is_refused():
     with pytest.raises(SourceError, match="neither a file nor a folder"):
         local_source(["/dev/zero"])
