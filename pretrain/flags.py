@@ -15,7 +15,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pretrain.errors import UserError, first_line
@@ -129,6 +129,7 @@ def load_yaml(text: str, what: str, *, largest: int = LARGEST_YAML, as_text: boo
             return yaml.load(text, Loader=yaml.BaseLoader)
         loader: Any = type("Loader", (safe,), {})  # plain data, as BaseLoader
         loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+        loader.add_constructor("tag:yaml.org,2002:map", _mapping)
         return yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -138,6 +139,20 @@ def load_yaml(text: str, what: str, *, largest: int = LARGEST_YAML, as_text: boo
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         # PyYAML lets them through: a date of 32 March, a number of 5,000 digits
         raise UserError(f"{what}: not YAML: {first_line(error)}") from None
+
+
+def _mapping(loader: Any, node: Any) -> Iterator[Any]:
+    """A mapping, whose keys are all different: PyYAML would take the last of two, without a
+    word."""
+    import yaml
+
+    keys = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.value in keys:
+            problem = f"{key.value!r} is given twice"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+        keys.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+    yield from loader.construct_yaml_map(node)
 
 
 def _whole_number(loader: Any, node: Any) -> int:

@@ -36,6 +36,8 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         ("a: !!bool maybe", "not YAML"),
         ("a: !!timestamp x", "not YAML"),
         ("a: !!python/object/apply:os.system [ls]", "not YAML in line 1: could not determine"),
+        ("a: 1\nb: 2\na: 1", "not YAML in line 3: 'a' is given twice"),
+        ("c: {a: 1, ? [x] : 2, 'a': 3}", "not YAML in line 1: 'a' is given twice"),
         ("a: *b", "not YAML in line 1: found undefined alias"),
         ("a: [1,\nb: 2", "not YAML in line 2"),
         ("a: \x00", "not YAML"),
