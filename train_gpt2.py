@@ -159,14 +159,14 @@ def open_data(run: Run, block_size: int, vocab_size: int) -> tuple[BatchLoader, 
         folder = ranks.on_every_disk(prepare, settings.data, run.out_dir / "data")
         settings = replace(settings, data_dir=str(folder))
     cache = Path(settings.data_cache), settings.data_cache_gb * 10**9
-    folders = ranks.together(local_folders, settings.data_dir, *cache, block_size)
+    folders = ranks.on_all(local_folders, settings.data_dir, *cache, block_size)
     settings = replace(settings, data_dir=folders)
     # Each node may have a disk of its own: its processes share out what lies there.
     here = ranks.node_ranks
     place, count = here.index(ranks.rank), len(here)
     data = TrainingData(settings.data_dir)
-    ranks.together(data.verify, settings.verify_data, place, count)
-    ranks.together(data.refuse_different, ranks.gather(ranks.together(data.fingerprints)))
+    ranks.on_all(data.verify, settings.verify_data, place, count)
+    ranks.on_all(data.refuse_different, ranks.gather(ranks.on_all(data.fingerprints)))
     loader = data.loader(
         batch_size=settings.batch_size,
         block_size=block_size,

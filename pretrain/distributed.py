@@ -286,7 +286,7 @@ class Ranks:
                 dist.broadcast(tensor.view(-1).view(torch.uint8), src=0, group=self.control)
         return state if self.is_first else received
 
-    def together(self, function: Callable, *arguments: Any) -> Any:
+    def on_all(self, function: Callable, *arguments: Any) -> Any:
         """function(*arguments), called by every rank: its own result, or what the first to fail
         raises, on all."""
         result, error = _outcome(function, arguments)

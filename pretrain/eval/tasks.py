@@ -111,8 +111,8 @@ class MultipleChoice:
 
     def _load(self, ranks: Ranks) -> list[Example]:
         """The examples, by every rank from the disk of its node."""
-        ranks.together(load_encoding)  # so that a rank without it does not leave the others waiting
-        examples, sha256 = ranks.together(load_with_hash, self._file, self.limit)
+        ranks.on_all(load_encoding)  # so that a rank without it does not leave the others waiting
+        examples, sha256 = ranks.on_all(load_with_hash, self._file, self.limit)
         refuse_other_files(self._file, sha256, ranks)
         return examples
 

@@ -45,7 +45,7 @@ def placed(
     """The model that `make` returns, to train, on its device or in parts on all of them. What make
     raises on any rank is raised on every rank. dtype: of the computation."""
     if not is_sharded(settings):
-        return ranks.together(make).train().to(ranks.device)
+        return ranks.on_all(make).train().to(ranks.device)
     made: list[Any] = []  # of rank 0
     ranks.on_first(lambda: made.append(make()))
     kind, config = ranks.broadcast((type(made[0]), made[0].config) if made else None)

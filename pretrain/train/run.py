@@ -104,7 +104,7 @@ class Run:
         elif settings.resume == "auto":
             rank, nodes = self.ranks.rank, self.ranks.nodes
             is_elsewhere = nodes[rank] != nodes[0]
-            self.ranks.together(checkpoints.refuse_here, self.out_dir, rank * is_elsewhere)
+            self.ranks.on_all(checkpoints.refuse_here, self.out_dir, rank * is_elsewhere)
 
     def _lock(self) -> None:
         self._stack.enter_context(checkpoints.lock(self.out_dir))

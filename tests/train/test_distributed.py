@@ -87,7 +87,7 @@ def test_alone_a_rank_is_its_own_sum_and_audience():
     )
     assert ALONE.on_first(max, 1, 2) == 2
     with pytest.raises(ZeroDivisionError):
-        ALONE.together(lambda: 1 / 0)
+        ALONE.on_all(lambda: 1 / 0)
 
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
