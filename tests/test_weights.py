@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from model import GPT, CheckpointError, GPTConfig, load_checkpoint
 from pretrain import layouts, models, weights
 from pretrain.errors import UserError
-from pretrain.train.state import source_of
+from pretrain.models.source import source_of
 
 SIZES = {"block_size": 8, "vocab_size": 20, "n_layer": 2, "n_head": 1, "n_embd": 64}
 OTHERS = {"n_positions": 8, "vocab_size": 20, "n_layer": 2, "n_head": 1, "n_embd": 64}
@@ -272,6 +272,23 @@ def test_the_hash_of_a_models_source_is_that_of_the_file_of_its_class():
 
     source = Path(sys.modules["model"].__file__).read_bytes()
     assert source_of(gpt())["model.py"] == hashlib.sha256(source).hexdigest()
+
+
+@pytest.mark.parametrize("read", [load_checkpoint, models.from_pretrained])
+def test_whoever_reads_a_checkpoint_hears_that_other_source_trained_it(
+    read, tmp_path, capsys, monkeypatch
+):
+    path, model = tmp_path / "a.pt", gpt()
+    for source, is_told in ((source_of(model), False), ({"model.py": "0" * 64}, True), (7, False)):
+        torch.save(checkpoint(model, model_source=source), path)
+        read(path)
+        said = capsys.readouterr().err
+        assert ("model.py is not as it was when this checkpoint was trained" in said) is is_told
+        assert (str(path) in said and "000000000000 then" in said) is is_told
+    torch.save(checkpoint(model, model_source={"model.py": "0" * 64}), path)
+    monkeypatch.setenv("RANK", "1")  # one of several says it
+    read(path)
+    assert capsys.readouterr().err == ""
 
 
 # --- Small files that would cost much

@@ -9,6 +9,7 @@ format.
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,24 +82,52 @@ def _is_ours(path: Path) -> bool:
 
 
 def foreign_vocabulary(folder: Path) -> str | None:
-    """What tells the tokenizer in a model's folder from GPT-2's; None where it is GPT-2's, or where
-    there is none. Ids past GPT-2's are nobody's: others add tokens there."""
-    for name in ("vocab.json", "tokenizer.json"):
-        file = folder / name
-        if not file.is_file():
+    """What tells the tokenizer in a model's folder from GPT-2's, by its tokens and its merges; None
+    where it is GPT-2's, or where there is none. Ids past GPT-2's are nobody's: others add tokens
+    there."""
+    known = 0
+    for name in ("vocab.json", "tokenizer.json", "merges.txt"):
+        if not os.path.lexists(folder / name):
             continue
+        known += 1
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            vocabulary = content if name == "vocab.json" else content["model"]["vocab"]
-            ids = {token: i for token, i in vocabulary.items() if i < END_OF_TEXT}
+            if problem := _foreign_file(folder / name):
+                return problem
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return f"its {name} is not that of GPT-2's tokenizer"
-        if ids != _gpt2_tokens():
-            return f"its tokenizer ({name}, {len(vocabulary):,} tokens) is not GPT-2's"
     for name in ("tokenizer.model", "spiece.model", "vocab.txt"):
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):
             return f"its tokenizer ({name}) is not GPT-2's"
+    return None if known else _foreign_class(folder / "tokenizer_config.json")
+
+
+def _foreign_file(file: Path) -> str | None:
+    text = file.read_text(encoding="utf-8")
+    if file.name == "merges.txt":
+        merges: list[Any] = [line for line in text.splitlines() if not line.startswith("#version")]
+    else:
+        content = json.loads(text)
+        vocabulary = content if file.name == "vocab.json" else content["model"]["vocab"]
+        if {token: i for token, i in vocabulary.items() if i < END_OF_TEXT} != _gpt2_tokens():
+            return f"its tokenizer ({file.name}, {len(vocabulary):,} tokens) is not GPT-2's"
+        merges = [] if file.name == "vocab.json" else content["model"]["merges"]
+    # Each makes the next token of two: with the same tokens in another order texts split otherwise.
+    made = ["".join(each.split() if isinstance(each, str) else each) for each in merges if each]
+    if file.name != "vocab.json" and made != list(_gpt2_tokens())[256:]:
+        return f"its tokenizer ({file.name}, {len(made):,} merges) is not GPT-2's"
     return None
+
+
+def _foreign_class(config: Path) -> str | None:
+    """What a folder without a vocabulary says of the tokenizer that belongs to it."""
+    if not os.path.lexists(config):
+        return None
+    try:
+        name = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return f"its {config.name} is not that of GPT-2's tokenizer"
+    is_known = name is None or str(name).startswith("GPT2Tokenizer")
+    return None if is_known else f"its tokenizer ({config.name}: {str(name)[:60]}) is not GPT-2's"
 
 
 def _gpt2_tokens() -> dict[str, int]:

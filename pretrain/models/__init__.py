@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pretrain import layouts, weights
 from pretrain.errors import first_line
+from pretrain.models.source import warn_of_source
 from pretrain.weights import Damaged, shown
 
 MAX_SIZE = 2**31 - 1
@@ -57,6 +58,7 @@ def load(path: str | Path) -> tuple[Any, dict[str, Any]]:
             return build("gpt2", sizes, state), {}
         saved = layouts.read_any(weights.model_file(path))
         model = build(*layouts.described(saved))
+        warn_of_source(model, saved, path)
         return model, saved if "model" in saved else {}
 
 
@@ -69,8 +71,11 @@ def from_pretrained(name_or_folder: str | Path, dropout: float = 0.0) -> Any:
             saved = layouts.read_any(weights.model_file(path))
             architecture, config, state = layouts.described(saved)
         else:
+            saved = {}
             architecture, (config, state) = "gpt2", layouts.read_huggingface(name_or_folder)
-        return build(architecture, {**config, "dropout": dropout}, state)
+        model = build(architecture, {**config, "dropout": dropout}, state)
+        warn_of_source(model, saved, name_or_folder)
+        return model
 
 
 @contextlib.contextmanager

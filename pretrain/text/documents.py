@@ -167,9 +167,15 @@ def _local_file(found: folders.Found) -> tuple[File, str | None]:
     return File(path, 0, kind, compression, problem=problem), None
 
 
-@functools.lru_cache(maxsize=4096)
 def _sha256(file: File) -> str:
     """Of all of a local file."""
+    status = os.stat(file.path)
+    # The time at which it was put there is nobody's to set, unlike that of its last change.
+    return _sha256_once(file, status.st_ino, status.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256_once(file: File, inode: int, ctime_ns: int) -> str:
     with open_file(file, Patience()) as stored:
         return hashlib.file_digest(stored, "sha256").hexdigest()
 
@@ -178,9 +184,9 @@ def changed_files(recorded: Sequence[dict], source: Source) -> list[str]:
     """One line for each file that is not the one recorded in another source's description.
 
     Where local files lie may change, and a new modification time alone is no change: what is in
-    the file is compared then, if its hash was recorded (of a source's first HASHED_BYTES; hashing
-    all of a large one would cost as much as reading it). Older records have neither time nor hash:
-    there size and edges have to do.
+    the file counts, where its hash was recorded (of a source's first HASHED_BYTES; hashing all of
+    a large one would cost as much as reading it), and of others the time. Older records have
+    neither time nor hash: there size and edges have to do.
     """
     here = source.description["files"]
     if len(recorded) != len(here):
@@ -198,10 +204,13 @@ def changed_files(recorded: Sequence[dict], source: Source) -> list[str]:
             was, is_now = (each.get("text_column") or "--text_column" for each in (before, now))
             what = f"is read by {is_now}, was read by {was}"
         touched = same and before.get("mtime_ns") not in (None, now.get("mtime_ns"))
-        if what is None and touched and before.get("sha256") is None:
+        hashes = {before.get("sha256"), now.get("sha256")} - {None}
+        if what is None and len(hashes) == 2:  # whatever the time says: copies can keep it
+            what = "changed in its middle"
+        elif what is None and touched and before.get("sha256") is None:
             what = "was written to since, and is too large for its content to be compared"
             what += f" (touch -d @{before['mtime_ns'] / 1e9:.9f} says that it is the same)"
-        elif what is None and touched and before["sha256"] != _sha256(file):
+        elif what is None and touched and not hashes <= {_sha256(file)}:
             what = "changed in its middle"
         if what:
             problems.append(f"{now['path']} {what}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pretrain import distributed, models
+from pretrain.models.source import warn_of_source
 from pretrain.train import parallel
 from pretrain.train.checkpoint import CheckpointError
 from pretrain.train.data import TrainingData
@@ -84,9 +85,12 @@ def build_model(settings: TrainSettings, weights: dict[str, Any], where: str) ->
     if "dropout" in config:
         config["dropout"] = settings.dropout
     try:
-        return models.build(weights.get("architecture", "gpt2"), config, weights.get("model") or {})
+        state = weights.get("model") or {}
+        model = models.build(weights.get("architecture", "gpt2"), config, state)
     except Damaged as error:
         raise CheckpointError(f"{where}: {error}") from None
+    warn_of_source(model, weights, where)
+    return model
 
 
 def identity_of(settings: TrainSettings, model: "GPT", loader: BatchLoader) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from torch import Tensor
 from pretrain import __version__, distributed, files
 from pretrain.distributed import Ranks
 from pretrain.errors import lasting_output
+from pretrain.models.source import source_of
 from pretrain.report.console import Console, columns
 from pretrain.report.lines import eval_line
 from pretrain.report.runlog import Measured, RunLog, Stopwatch, eval_values, start_block
@@ -43,7 +44,7 @@ from pretrain.train.parallel import is_sharded
 from pretrain.train.saving import Saver
 from pretrain.train.schema import problem_in_continued
 from pretrain.train.settings import TrainSettings
-from pretrain.train.state import TrainState, read_on_first, source_of, source_problem
+from pretrain.train.state import TrainState, read_on_first
 from pretrain.train.stopping import StopSignal
 
 T = TypeVar("T")
@@ -158,7 +159,6 @@ class Run:
         """Bring `state` to where the run begins. identity: what no part of a run may change. Raises
         CheckpointError for the checkpoint of another run."""
         self.settings, self.state = settings, state
-        source = source_of(state.model)
         if self.saved and self.path:
             # Before there was a choice, these were it.
             before = {"model": "gpt2", "optimizer": "adamw"} | self.saved["run"]
@@ -167,8 +167,6 @@ class Run:
                 state.load_state_dict(self.saved)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{self.path}: its optimizer does not fit: {error}") from None
-            if problem := source_problem(source, self.saved.get("model_source") or {}):
-                self.warn(f"{self.path}: {problem}")
             changed = changed_flags(self.saved.get("config") or {}, settings)
             if changed and state.step:
                 self.warn(f"from step {state.step:,} on: {'; '.join(changed)}")
@@ -182,7 +180,7 @@ class Run:
             "run": identity,
             "rng": {"seed": settings.seed},
             "model_config": asdict(state.model.config),
-            "model_source": source,
+            "model_source": source_of(state.model),
         }
 
     def was_finished(self) -> bool:

@@ -9,16 +9,13 @@ What does not change while a run goes on is in its settings.
 """
 
 import contextlib
-import hashlib
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.distributed import Ranks
 from pretrain.train.best import Record
@@ -95,33 +92,3 @@ def read_on_first(
         return ranks.broadcast_state(found[0] if found else None)
     shapes = ranks.broadcast(shapes_of(found[0]) if found else None)
     return found[0] if found else shapes
-
-
-def source_of(model: nn.Module) -> dict[str, str]:
-    """SHA-256, by file name, of the source that computes a model: a run that goes on with other
-    code trains another model, though all shapes agree."""
-    found = {}
-    with contextlib.suppress(TypeError, OSError):  # a class that no file has
-        kinds = (kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch."))
-        module = inspect.getsourcefile(next(kinds))  # fully_shard makes a subclass
-        paths = [Path(module)] if module else []
-        ops = Path(__file__).parents[1] / "ops.py"
-        for path in [*paths, *[ops] * ops.exists()]:
-            text = path.read_text(encoding="utf-8")  # \r\n as \n
-            found[path.name] = hashlib.sha256(text.encode()).hexdigest()
-    return found
-
-
-def source_problem(now: dict[str, str], saved: dict[str, Any]) -> str | None:
-    """What to say where a checkpoint was made by other source than this; None where it was not, or
-    does not say."""
-    changed = [name for name in sorted(set(now) & set(saved)) if now[name] != saved[name]]
-    if not changed:
-        return None
-    hashes = ", ".join(
-        f"{name} {str(saved[name])[:12]} then, {now[name][:12]} now" for name in changed
-    )
-    return (
-        f"{' and '.join(changed)} is not as it was when this checkpoint was trained (SHA-256:"
-        f" {hashes}); the model may compute something else with the same weights"
-    )

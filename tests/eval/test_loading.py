@@ -98,6 +98,42 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(hf_folder, name, content):
         open_model(None, str(hf_folder))
 
 
+def test_the_same_tokens_with_other_merges_are_refused(hf_folder):
+    save_tokenizer(hf_folder, 64)
+    file = hf_folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    merges = tokenizer["model"]["merges"]
+    pairs = [each.split(" ") if isinstance(each, str) else each for each in merges]
+    assert foreign_vocabulary(hf_folder) is None
+    (hf_folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, pairs), ""]))
+    assert foreign_vocabulary(hf_folder) is None
+    merges[7], merges[8] = merges[8], merges[7]
+    file.write_text(json.dumps(tokenizer))
+    assert foreign_vocabulary(hf_folder) == (
+        "its tokenizer (tokenizer.json, 50,000 merges) is not GPT-2's"
+    )
+    file.unlink()
+    (hf_folder / "merges.txt").write_text("#version: 0.2\nx y\n")
+    with pytest.raises(UserError, match=r"merges\.txt, 1 merges\) is not GPT-2's"):
+        open_model(None, str(hf_folder))
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json", "merges.txt", "tokenizer.model"])
+def test_a_link_of_a_tokenizer_that_leads_nowhere_is_no_folder_without_one(hf_folder, name):
+    (hf_folder / name).symlink_to("nowhere")
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        open_model(None, str(hf_folder))
+
+
+def test_a_folder_that_names_another_tokenizers_class_is_refused(hf_folder):
+    file = hf_folder / "tokenizer_config.json"
+    file.write_text('{"tokenizer_class": "GPT2TokenizerFast"}')
+    assert foreign_vocabulary(hf_folder) is None
+    file.write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: LlamaTokenizer\) is not GPT-2's"):
+        open_model(None, str(hf_folder))
+
+
 def test_a_sentencepiece_model_is_refused(hf_folder):
     (hf_folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     with pytest.raises(UserError, match=r"tokenizer\.model"):

@@ -44,6 +44,16 @@ def test_an_edit_in_the_middle_is_noticed(corpus, at):
     assert changed_files(before, local_source([corpus])) == [f"{corpus} changed in its middle"]
 
 
+def test_an_edit_in_the_middle_is_noticed_where_the_time_is_set_back(corpus, tmp_path):
+    before = recorded(corpus)
+    copy = tmp_path / "copy.txt"
+    shutil.copy2(corpus, copy)  # as rsync -a and tar leave it
+    edit(copy, 200_000)
+    os.utime(copy, ns=(10**18, 10**18))
+    os.replace(copy, corpus)
+    assert changed_files(before, local_source([corpus])) == [f"{corpus} changed in its middle"]
+
+
 @pytest.mark.parametrize("at", [0, 60_000, 399_980])
 def test_an_edit_at_the_edges_is_noticed_even_where_the_time_is_set_back(corpus, at):
     before = recorded(corpus)

@@ -219,8 +219,8 @@ found = {{
     "broadcast": ranks.broadcast(f"from {{ranks.rank}}"),
     "on_first": ranks.on_first(lambda: f"made by {{ranks.rank}}"),
     "on_first_fails": attempt(ranks.on_first, fail, ranks.rank, 0),
-    "together": attempt(ranks.together, fail, ranks.rank, -1),
-    "together_fails": attempt(ranks.together, fail, ranks.rank, 1),
+    "together": attempt(ranks.on_all, fail, ranks.rank, -1),
+    "together_fails": attempt(ranks.on_all, fail, ranks.rank, 1),
     "on_every_disk": ranks.on_every_disk(lambda: f"made by {{ranks.rank}}"),
     "node_ranks": ranks.node_ranks,
 }}
