@@ -33,6 +33,7 @@ from model import GPT, CheckpointError, GPTConfig, load_checkpoint
 from pretrain import distributed, files
 from pretrain.errors import UserError, first_line, program, say
 from pretrain.models import architecture_of
+from pretrain.rendezvous import Watch, has_agent
 from pretrain.report.runlog import RunLog
 from pretrain.tokens.shards import ShardError, find_shards
 from pretrain.tokens.tokenizer import TokenizerUnavailable
@@ -107,10 +108,19 @@ def main(
 ) -> int:
     """A trainer's main: flags, the net, the folder's lock, the run. Returns the exit status."""
     with net(name) as outcome:
+        watch_torchrun()
         args, given = parse(description or "", argv, out_dir, add_flags)
         with run_folder(args.out_dir):
             train(args, given)
     return outcome.status
+
+
+def watch_torchrun() -> None:
+    """Have this process end when the torchrun that started it is killed, as train_gpt2.py's does:
+    frameworks do not look, and its ranks would train on, unseen and with the folder's lock. Raises
+    RankError when torchrun has gone already."""
+    if has_agent() and distributed.environment("WORLD_SIZE", 1) > 1:
+        Watch(distributed.environment("RANK", 0))
 
 
 def require_for(name: str, *modules: str) -> None:

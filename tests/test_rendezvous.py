@@ -14,6 +14,7 @@ import forked
 import pytest
 from free_port import free_port
 from tiny_runs import flags, logged, write_shards
+from waiting import is_alive, wait_for
 
 import train_gpt2
 from pretrain import rendezvous
@@ -193,24 +194,6 @@ def write_worker(folder, when, hangs=False):
     script = folder / "worker.py"
     script.write_text(WORKER.format(root=str(ROOT), folder=str(folder), when=when, hangs=hangs))
     return script
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing came in time"
-        time.sleep(0.05)
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return sys.platform != "linux"
 
 
 @pytest.mark.parametrize("when", ["start", "training"])
