@@ -170,10 +170,16 @@ def main(argv: list[str] | None = None) -> int:
 
     from hellaswag import ensure_data, evaluate, load_examples
     from model import load_checkpoint
+    from pretrain.eval.hellaswag import DataUnavailable
 
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        write_examples(args.data or ensure_data(), args.limit, work / "examples.jsonl")
+        try:
+            data = args.data or ensure_data()
+        except DataUnavailable as error:
+            print(f"{error}; or name a copy of it with --data", file=sys.stderr)
+            return 1
+        write_examples(data, args.limit, work / "examples.jsonl")
         checkpoint = args.checkpoint or work / "random.pt"
         if not args.checkpoint:
             random_checkpoint(checkpoint)
