@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.tokens import fast_bpe
+from pretrain.tokens import fast_bpe, tokenizer
 from pretrain.tokens.fast_bpe import CodePointSet, from_ranges, to_ranges
 from pretrain.tokens.tokenizer import Tokenizer, utf8_buffers
 
@@ -153,6 +153,7 @@ def test_awkward_serves_long_texts_alone_and_can_be_missing(monkeypatch):
     monkeypatch.setattr(fast_bpe, "AWKWARD_FROM_BYTES", 10)
     encode, used = fast_bpe.encode_awkward, []
     monkeypatch.setattr(fast_bpe, "encode_awkward", lambda *given: used.append(1) or encode(*given))
+    tokenizer._fast_bpe.cache_clear()  # one that has encoded nothing yet
     tok, texts = Tokenizer("gigatoken", check_every=0), pa.array(["Hello world"])
     expected = [50256, 15496, 995]
     for times in (0, 1, 2):
