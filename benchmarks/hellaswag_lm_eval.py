@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         export = [sys.executable, "-m", "adapters.huggingface", "export", checkpoint.resolve()]
         subprocess.run([*export, work / "model"], cwd=ROOT, check=True)
         version, theirs, samples = run_harness(
-            args.harness, work / "model", work / "examples.jsonl", work
+            os.path.abspath(args.harness), work / "model", work / "examples.jsonl", work
         )
         model, _ = load_checkpoint(checkpoint)
         ours = evaluate(model, load_examples(work / "examples.jsonl"), style="lm-eval")

@@ -12,8 +12,8 @@ is the update of train_gpt2.py: the model as it is with its loss, the optimizer 
 pretrain.train.optim and, on a CPU, pretrain.distributed.keep_freed_memory. Each variant is a
 process of its own; their steps alternate, so that whatever slows the machine slows all of them.
 Ratios are medians over pairs of neighbouring steps. Memory is the process's peak (on a GPU: what
-torch allocated). On a GPU it also prints MFU, of the dense bfloat16 peak; --batch_size 32 or 64
-fills a large one.
+torch allocated). The number format is that of a run: bfloat16, or float32 on a processor without
+it. On a GPU it also prints MFU, of the dense peak; --batch_size 32 or 64 fills a large one.
 """
 
 import argparse
@@ -124,7 +124,9 @@ def work(size: str, variant: str, batch_size: int, device_name: str) -> None:
     config = GPTConfig(**SIZES[size][0])
     model = GPT(config).to(device)
     x, y = torch.randint(config.vocab_size, (2, batch_size, config.block_size)).to(device)
-    step = make_step(model, variant, device)
+    # As a run would choose it: processors without bfloat16 take minutes for an update in it.
+    dtype = distributed.pick_dtype("auto", device)
+    step = make_step(model, variant, device, dtype)
     for line in sys.stdin:
         if line.strip() == "quit":
             break
@@ -137,24 +139,24 @@ def work(size: str, variant: str, batch_size: int, device_name: str) -> None:
     end = {
         "name": f"GPT-2 {model.num_parameters() / 1e6:.0f}M",
         "device": name,
-        "dtype": "bfloat16",
+        "dtype": str(dtype).removeprefix("torch."),
         "peak_bytes": distributed.peak_memory(device),
         "flops_per_token": model.flops_per_token(),
-        "peak_flops": hardware.peak_flops(name, torch.bfloat16),
+        "peak_flops": hardware.peak_flops(name, dtype),
     }
     print(json.dumps(end), flush=True)
     sys.stdout.flush()
     os._exit(0)
 
 
-def make_step(model, variant: str, device):
-    """A function (x, y) -> loss that makes one update."""
+def make_step(model, variant: str, device, dtype):
+    """A function (x, y) -> loss that makes one update in this number format."""
     import torch
     import torch.nn.functional as F
 
     from pretrain.train.optim import make_optimizer
 
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     if variant == "plain":
         for block in model.transformer.h:
             mlp = block.mlp
