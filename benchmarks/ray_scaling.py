@@ -1,7 +1,7 @@
 """How `--engine ray` scales from one worker to two, beside the engine of one machine.
 
     $ python benchmarks/ray_scaling.py
-    ray, 1 worker    12.3 s, of which 4.5 s before the first unit ...
+    ray, 1 worker          ... s of start-up,    ... s of work
 
 Whole processes of fineweb.py on the same text, in turns, so that other work on the machine falls on
 all of them. Start-up, told apart, is the time of the same command on files of one line, enough of

@@ -2,7 +2,6 @@
 log."""
 
 import os
-import statistics
 import time
 
 __version__ = "0.2.0"
@@ -10,15 +9,16 @@ __version__ = "0.2.0"
 
 def _is_busy() -> bool:
     """Whether others compute on this machine, more than a tenth of its cores' worth."""
-    cores, others = os.cpu_count() or 1, []
+    cores, seen = os.cpu_count() or 1, [0, 0]  # of 5 looks: quiet and busy ones
     try:
-        for _ in range(5):  # 2 ms apart: what ran for a moment is not counted
+        while max(seen) < 3:  # 2 ms apart: what ran for a moment is not counted
+            time.sleep(0.002 * any(seen))
             with open("/proc/loadavg") as file:
-                others.append(int(file.read().split()[3].split("/")[0]) - 1)  # without this one
-            time.sleep(0.002)
+                running = int(file.read().split()[3].split("/")[0])
+            seen[running - 1 >= max(1, cores // 10)] += 1  # without this one
     except (OSError, ValueError, IndexError):  # not Linux
         return hasattr(os, "getloadavg") and os.getloadavg()[0] > cores / 2
-    return statistics.median(others) >= max(1, cores // 10)
+    return seen[True] == 3
 
 
 # OpenMP's threads spin while they wait for each other. On an idle machine that makes an update 1.6

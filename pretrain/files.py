@@ -11,6 +11,7 @@ Nothing else in the project renames into place, syncs or locks.
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -175,3 +176,17 @@ def sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_once(path: str | Path) -> str:
+    """The same, computed once by a process as long as the file stays as it is. The time at which a
+    file was put in its place counts too: that of its last change can be set back. Raises
+    OSError."""
+    status = os.stat(path)
+    state = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return _sha256_of(path, state)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256_of(path: str | Path, state: tuple[int, ...]) -> str:
+    return sha256(path)

@@ -146,12 +146,12 @@ def _mapping(loader: Any, node: Any) -> Iterator[Any]:
     word."""
     import yaml
 
-    keys = set()
-    for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.value in keys:
+    names = set()
+    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        if key.value in names:
             problem = f"{key.value!r} is given twice"
             raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
-        keys.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        names.add(key.value)
     yield from loader.construct_yaml_map(node)
 
 

@@ -8,6 +8,7 @@ format.
 """
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -130,6 +131,7 @@ def _foreign_class(config: Path) -> str | None:
     return None if is_known else f"its tokenizer ({config.name}: {str(name)[:60]}) is not GPT-2's"
 
 
+@functools.cache
 def _gpt2_tokens() -> dict[str, int]:
     """GPT-2's tokens as vocab.json writes them."""
     shown, encoding = shown_bytes(), load_encoding()

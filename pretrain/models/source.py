@@ -17,13 +17,18 @@ from torch import nn
 from pretrain.rendezvous import is_first_rank
 
 
+def own_class(model: nn.Module) -> type[Any]:
+    """The class that computes a model: fully_shard makes a subclass of torch's."""
+    kinds = type(model).__mro__
+    return next(kind for kind in kinds if not kind.__module__.startswith("torch."))
+
+
 def source_of(model: nn.Module) -> dict[str, str]:
     """SHA-256, by file name, of the source that computes a model: a run that goes on with other
     code trains another model, though all shapes agree."""
     found = {}
     with contextlib.suppress(TypeError, OSError):  # a class that no file has
-        kinds = (kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch."))
-        module = inspect.getsourcefile(next(kinds))  # fully_shard makes a subclass
+        module = inspect.getsourcefile(own_class(model))
         paths = [Path(module)] if module else []
         ops = Path(__file__).parents[1] / "ops.py"
         for path in [*paths, *[ops] * ops.exists()]:
@@ -36,8 +41,9 @@ def warn_of_source(model: nn.Module, saved: Mapping[str, Any], where: str | Path
     """Say on the first rank's stderr, where a checkpoint was trained by other source than this: its
     loss, its score and an export of it may then be those of another function."""
     then = saved.get("model_source")
-    problem = source_problem(source_of(model), then if isinstance(then, Mapping) else {})
-    if problem and is_first_rank():
+    if not isinstance(then, Mapping) or not is_first_rank():
+        return
+    if problem := source_problem(source_of(model), then):
         print(f"warning: {where}: {problem}", file=sys.stderr, flush=True)
 
 

@@ -40,7 +40,6 @@ from pretrain.report import schema
 from pretrain.report.known import title
 
 FILE_NAME = "metrics.jsonl"
-NOT_A_LOG = "not a regular file; move it away, or use another --out_dir"
 # Loss and accuracy by set of windows, and the summaries of tasks by their names.
 Measured = tuple[dict[str, dict[str, float]], dict[str, Any]]
 
@@ -56,9 +55,10 @@ class RunLog:
         self._trackers: list[Any] = []
         self._pending = b""
         self._waiting = False  # for room on the disk
-        if enabled and self.path.exists() and not schema.is_regular(self.path):
-            raise UserError(f"{self.path}: {NOT_A_LOG}")
-        if enabled and self.path.exists() and self.path.stat().st_size:
+        if not (enabled and self.path.exists()):
+            return
+        _refuse_other_than_a_file(self.path)
+        if self.path.stat().st_size:
             with open(self.path, "rb") as file:
                 file.seek(-1, os.SEEK_END)
                 if (
@@ -110,8 +110,7 @@ class RunLog:
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """All records of a metrics.jsonl as they are, in file order. Lines that a kill left unfinished
     are skipped. Raises UserError for a pipe or a device, OSError."""
-    if not schema.is_regular(Path(path)):
-        raise UserError(f"{path}: {NOT_A_LOG}")
+    _refuse_other_than_a_file(Path(path))
     records = []
     for line in Path(path).read_bytes().splitlines():
         try:
@@ -121,6 +120,11 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def _refuse_other_than_a_file(path: Path) -> None:
+    if not schema.is_regular(path):
+        raise UserError(f"{path}: not a regular file; move it away, or use another --out_dir")
 
 
 def last_per_step(records: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:

@@ -25,13 +25,13 @@ way out. Rows of parquet files are counted from 0 as pyarrow and pandas do, line
 1 as editors do.
 """
 
-import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import first_line, reason
+from pretrain.files import sha256_once
 from pretrain.text import addresses, folders, foreign
 from pretrain.text.columns import Chosen, split
 from pretrain.text.readers import READABLE, format_of, reader_of
@@ -168,16 +168,12 @@ def _local_file(found: folders.Found) -> tuple[File, str | None]:
 
 
 def _sha256(file: File) -> str:
-    """Of all of a local file."""
-    status = os.stat(file.path)
-    # The time at which it was put there is nobody's to set, unlike that of its last change.
-    return _sha256_once(file, status.st_ino, status.st_ctime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _sha256_once(file: File, inode: int, ctime_ns: int) -> str:
-    with open_file(file, Patience()) as stored:
-        return hashlib.file_digest(stored, "sha256").hexdigest()
+    """Of all of a local file. Raises SourceError."""
+    check_unchanged(file, "since the run began")
+    try:
+        return sha256_once(file.path)
+    except OSError as error:
+        raise SourceError(f"{file.path}: {error.strerror or error}") from None
 
 
 def changed_files(recorded: Sequence[dict], source: Source) -> list[str]:
@@ -204,14 +200,15 @@ def changed_files(recorded: Sequence[dict], source: Source) -> list[str]:
             was, is_now = (each.get("text_column") or "--text_column" for each in (before, now))
             what = f"is read by {is_now}, was read by {was}"
         touched = same and before.get("mtime_ns") not in (None, now.get("mtime_ns"))
-        hashes = {before.get("sha256"), now.get("sha256")} - {None}
-        if what is None and len(hashes) == 2:  # whatever the time says: copies can keep it
-            what = "changed in its middle"
-        elif what is None and touched and before.get("sha256") is None:
+        then, content = before.get("sha256"), now.get("sha256")
+        if what is None and touched and then is None:
             what = "was written to since, and is too large for its content to be compared"
             what += f" (touch -d @{before['mtime_ns'] / 1e9:.9f} says that it is the same)"
-        elif what is None and touched and not hashes <= {_sha256(file)}:
-            what = "changed in its middle"
+        elif what is None and then is not None:
+            if content is None:
+                content = _sha256(file) if touched else then
+            if content != then:  # whatever the time says: copies can keep it
+                what = "changed in its middle"
         if what:
             problems.append(f"{now['path']} {what}")
     return problems

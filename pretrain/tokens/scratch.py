@@ -10,7 +10,6 @@
 A unit may be made twice, by a retry or a rerun: it has the same bytes under the same name.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -105,20 +104,9 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _unit_sha256(scratch: Path, key: str) -> str:
-    parts = (_sha256_once(scratch / f"{key}{ending}") for ending in (".tokens", ".npz"))
+    # Where shards are small, many of them are packed from one unit by the same process.
+    parts = (files.sha256_once(scratch / f"{key}{ending}") for ending in (".tokens", ".npz"))
     return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def _sha256_once(path: Path) -> str:
-    """A file's hash, computed once by a process as long as the file stays as it is: where shards
-    are small, many of them are packed from one unit."""
-    stat = path.stat()
-    return _sha256_of(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
-
-
-@functools.lru_cache(maxsize=1024)
-def _sha256_of(path: Path, state: tuple[int, ...]) -> str:
-    return files.sha256(path)
 
 
 def published(scratch: Path, unit: Unit) -> UnitRecord | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +55,10 @@ COUNTED_TOKENS = 1 << 20  # looked at together when documents are counted
 PATIENCE = Patience(give_up_seconds=20, rate_limit_seconds=20)
 
 
+# As the built-in map, of one iterable: results in order, wherever the function is called.
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+
+
 @dataclass
 class Findings:
     """problems: a line for each damaged shard or contradiction. notes: what was not looked at, and
@@ -65,15 +69,6 @@ class Findings:
     compared: int = 0  # documents, with what their shard has
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-class Map(Protocol):
-    """As the built-in map, of one iterable: wherever it calls the function, results are in
-    order."""
-
-    def __call__(
-        self, function: Callable[[Any], Any], items: Iterable[Any], /
-    ) -> Iterable[Any]: ...
 
 
 def verify_folder(

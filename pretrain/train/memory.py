@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pretrain.models.source import own_class
 from pretrain.train.parallel import blocks_of, is_sharded
 from pretrain.train.settings import TrainSettings
 from pretrain.train.state import TrainState
@@ -146,8 +147,7 @@ def _activations(
 ) -> int:
     """Bytes kept from forward to backward, and those of one block again: backward makes as much of
     it anew, or all of it where activations are not kept."""
-    kinds = (kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch."))
-    kind: Any = next(kinds)
+    kind: Any = own_class(model)
 
     def kept(n_layer: int, checkpointing: bool) -> int:
         config: Any = replace(model.config, n_layer=n_layer)
