@@ -30,7 +30,6 @@ from pretrain.tokens.manifest import LARGEST_BYTES, Manifest, Shard
 FILES, FILE_BYTES = 25_868, 44e12
 TOKENS, TEXT_BYTES = 15e12, 42e12  # 2.8 stored bytes of the text column a token, as in sample-10BT
 GROUP_ROWS = 1000
-CORES = (16, 256, 4096)  # of 1, 16 and 256 nodes
 GROUP_BYTES = 1000 * 2_000  # of text as stored: some 700 tokens a document
 
 
@@ -46,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     report_tasks(source)
     for shard_size in (10**8, 10**9):
         report_manifest(source, round(TOKENS / scale / shard_size), shard_size, scale)
+    print(f"a build takes {staged.PUBLISHING_SHARE:.0%} of its time for writing it, at most")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"memory at most {peak:.2f} GB")
     return 0
@@ -122,11 +122,6 @@ def report_manifest(source: Source, shards: int, shard_size: int, scale: float) 
         f" {written:.2f} s, read in {read:.2f} s; of all {size * scale / 1e6:.0f} MB, {fits} the"
         f" limit of {LARGEST_BYTES >> 20} MiB"
     )
-    settings = SimpleNamespace(shard_size=shard_size)
-    for cores in CORES:  # it grows from nothing, and with all files
-        waves = round(TEXT_BYTES / staged.wave_bytes(settings, cores))
-        minutes = written * scale / 2 * waves / 60
-        print(f"   on {cores:,} cores written anew after {waves:,} waves: {minutes:.0f} min in all")
 
 
 if __name__ == "__main__":

@@ -33,10 +33,14 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A binary file to write. When the block ends it is on the disk under its name; when the block
     raises, what was under the name before is still there and nothing else is left. Raises
-    OSError."""
+    OSError.
+
+    durable False: it is whole for every process, and may be damaged or gone after a power cut. For
+    what has a checksum and is soon removed, and so perhaps never written to the disk.
+    """
     path = Path(path)
     if path.exists() and not path.is_file():
         problem = "not a regular file, and nothing else is replaced by one"
@@ -45,9 +49,13 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     try:
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        if durable:
+            publish(temporary, path)
+        else:
+            os.replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(path), None  # as its user calls it
@@ -122,16 +130,17 @@ def is_utf8(name: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, *, durable: bool = True) -> None:
     r"""A UTF-8 file, atomically; half a surrogate pair, as Python has it for a byte of a file's
     name that is no UTF-8, becomes \udcff, which JSON reads as what it was. Raises OSError."""
-    with atomic_write(path) as file:
+    with atomic_write(path, durable=durable) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: Any, *, durable: bool = True) -> None:
     """A JSON file, indented, atomically. Raises OSError."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    write_text(path, text, durable=durable)
 
 
 @contextlib.contextmanager

@@ -10,11 +10,12 @@ import pytest
 from pretrain import files
 
 
-def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, durable):
     path = tmp_path / "a.json"
-    files.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1}, durable=durable)
     before = path.read_bytes()
-    with pytest.raises(ZeroDivisionError), files.atomic_write(path) as file:
+    with pytest.raises(ZeroDivisionError), files.atomic_write(path, durable=durable) as file:
         file.write(b"half of")
         1 / 0  # noqa: B018
     assert path.read_bytes() == before

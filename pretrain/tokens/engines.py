@@ -6,7 +6,8 @@
 
 `run_in_order` needs callables alone: each is called with one task after the other, in a thread of
 its own, and yields the task's results. That is the engine of one machine, of threads or processes.
-A cluster builds in steps that are published (see staged.py); ENGINES has a line for each.
+A cluster builds in steps that are published (see staged.py), by an `Engine`; ENGINES has a line for
+each.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pretrain.errors import UserError
 
@@ -35,6 +36,8 @@ ENGINES = {
 MAX_THREADS = 8
 NETWORK_THREADS = 4  # at least, where they wait for the network
 WAITING_RESULTS = 4  # results that a task may be ahead of its reader: bounds the memory
+
+Result = tuple[Any, Any]  # of a task: itself, and what a function made of it
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -50,6 +53,29 @@ def load_engine(name: str) -> Callable[..., Any]:
 
 class WorkerDied(UserError):
     """A worker process ended before its work did."""
+
+
+class Engine(Protocol):
+    """Where units run, and nothing else."""
+
+    workers: int
+
+    def map(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Result]:
+        """(task, function(task)) for every task, in the order in which they end. `tasks` is read
+        when a worker is free; None in it: read on after the next result. A worker that dies is
+        replaced and its task is run again; an exception of the function is raised here."""
+
+
+class DirectEngine:
+    """One task after the other, in this process."""
+
+    workers = 1
+
+    def map(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Result]:
+        """See Engine."""
+        for task in tasks:
+            if task is not None:
+                yield task, function(task)
 
 
 @contextlib.contextmanager

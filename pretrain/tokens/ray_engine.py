@@ -21,11 +21,12 @@ from pretrain.errors import UserError, first_line
 from pretrain.text.documents import Source
 from pretrain.tokens.build import Work
 from pretrain.tokens.destination import StoreDestination
+from pretrain.tokens.engines import Result
 from pretrain.tokens.progress import in_bytes
 from pretrain.tokens.scratch import UnitJob
 from pretrain.tokens.shard_jobs import ShardJob
 from pretrain.tokens.shards import Manifest, ShardError
-from pretrain.tokens.staged import Result, build_staged, scratch_bytes
+from pretrain.tokens.staged import build_staged, scratch_bytes
 from pretrain.tokens.verify import verify_folder
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def build_on_ray(
 
 
 class RayEngine:
-    """An Engine of pretrain.tokens.staged; a context manager that leaves the cluster at its end."""
+    """An Engine (see engines.py); a context manager that leaves the cluster at its end."""
 
     def __init__(self, address: str | None = None, num_cpus: int | None = None):
         """address: "auto", "host:port" or "ray://host:port"; None starts a cluster on this machine,
@@ -117,14 +118,16 @@ class RayEngine:
         remote = ray.remote(max_retries=RETRIES)(function)
         waiting = iter(tasks)
         running: dict[Any, Any] = {}
-        for task in itertools.islice(waiting, AHEAD * self.workers):
-            running[remote.remote(task)] = task
-        while running:
+        while True:
+            # Up to a None: then what is to do next depends on what is running.
+            free = itertools.islice(waiting, AHEAD * self.workers - len(running))
+            for task in itertools.takewhile(lambda task: task is not None, free):
+                running[remote.remote(task)] = task
+            if not running:
+                return
             (done, *_), _ = ray.wait(list(running), num_returns=1)
             task = running.pop(done)
             yield task, _result(done, task)
-            for task in itertools.islice(waiting, 1):
-                running[remote.remote(task)] = task
 
     def map_in_order(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         """The results in the order of the items. Raises like map."""

@@ -52,7 +52,10 @@ class _OneShardPacker(Packer):
 
 def pack_shard(job: ShardJob) -> tuple[Shard, dict]:
     """Write one shard; returns what the manifest says of it, and the position behind it."""
-    batches = [read_scratch(job.scratch, record) for _, record in job.units]
+    batches = []
+    for number, record in job.units:
+        wanted = max(0, job.start - number), min(record.tokens, job.stop - number)
+        batches.append(read_scratch(job.scratch, record, wanted))
     position = None
     if job.start > 0:  # the first unit holds the token before the shard, which tells the position
         batches[0], position = _begin_at(batches[0], job.start - job.units[0][0])

@@ -13,18 +13,22 @@ A unit or a shard may be made twice, by a retry or by a rerun: it has the same b
 name, so that at-least-once execution gives exactly-once output. The bytes of shards and manifest
 are those of `build_shards` on one machine.
 
-Files are worked off in waves: what a wave's units hold is packed and removed before the next one,
-so that scratch holds the tokens of about two waves. All machines must see the same folder.
+A shard is packed as soon as the units up to its end are there, while others are still tokenized;
+units that are packed are removed, and so much is tokenized ahead as scratch_bytes() says. All
+machines must see the same folder.
 """
 
 import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -39,57 +43,43 @@ from pretrain.tokens.build import (
     rebuild_damaged,
     share_of,
 )
+from pretrain.tokens.engines import Engine
 from pretrain.tokens.folder import BuildRefused, prepare_folder
+from pretrain.tokens.formats import TOKEN
 from pretrain.tokens.scratch import (
     UnitJob,
     UnitRecord,
     read_scratch,
+    remove_scratch,
     tokenize_to_scratch,
     unit_key,
 )
 from pretrain.tokens.shard_jobs import ShardJob, pack_shard
-from pretrain.tokens.shards import MANIFEST, Manifest, ShardError
+from pretrain.tokens.shards import MANIFEST, Manifest, Shard, ShardError
 
 SCRATCH = ".staged"
 PLAN = "plan.json"
-UNIT_BYTES = (
-    64 << 20
-)  # stored bytes of text in a unit: seconds of work, so that a retry costs little
-WAVE_SHARDS = 16  # of tokens in a wave, at least a unit for each worker
+VERSION = 2  # of what lies in the scratch
+# Stored bytes of text in a unit: seconds of work, so that a retry costs little.
+UNIT_BYTES = 64 << 20
+# Tokens ahead of the shards: of so many shards, at least so many units for each worker.
+AHEAD_SHARDS, AHEAD_UNITS = 8, 3
+PUBLISHING_SHARE = 0.1  # of the time, at most: a manifest of 100,000 shards takes a second to write
 
-Result = tuple[Any, Any]
-
-
-class Engine(Protocol):
-    """Where units run, and nothing else."""
-
-    workers: int
-
-    def map(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Result]:
-        """(task, function(task)) for every task, in the order in which they end. A worker that dies
-        is replaced and its task is run again; an exception of the function is raised here."""
-
-
-class DirectEngine:
-    """One task after the other, in this process."""
-
-    workers = 1
-
-    def map(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Result]:
-        """See Engine."""
-        for task in tasks:
-            yield task, function(task)
+Job = UnitJob | ShardJob
 
 
 def scratch_bytes(settings: Settings, workers: int) -> int:
-    """About how many bytes of units lie in the scratch at most, in a build that counts nothing
-    first: the tokens of two waves, and where their documents lie."""
-    return 3 * wave_bytes(settings, workers)
+    """About how many bytes of tokens lie in the scratch at most, in a build that counts nothing
+    first."""
+    size = TOKEN.itemsize * settings.shard_size
+    return max(AHEAD_SHARDS * size, AHEAD_UNITS * workers * UNIT_BYTES)
 
 
-def wave_bytes(settings: Settings, workers: int) -> int:
-    """Stored bytes of text in a wave; its tokens take about half as many."""
-    return max(WAVE_SHARDS * 2 * settings.shard_size, workers * UNIT_BYTES)
+def do(job: Job) -> Any:
+    """What any worker does with a job: the UnitRecord of a unit, or a shard and the position behind
+    it."""
+    return tokenize_to_scratch(job) if isinstance(job, UnitJob) else pack_shard(job)
 
 
 def build_staged(
@@ -108,241 +98,245 @@ def build_staged(
     Raises like build_shards, and BuildRefused where the scratch holds another plan.
     """
     with prepare_folder(source, folder, settings, name or source.name) as manifest:
-        build = StagedBuild(source, folder, settings, work, engine)
         if manifest:
             rebuild_damaged(source, folder, manifest, work)
         if not (manifest and manifest.complete):
-            manifest = build.run(manifest, name or source.name, expected_tokens)
-        shutil.rmtree(build.scratch, ignore_errors=True)
+            share = None
+            freeze_plan(source, folder, settings, work)
+            if manifest is None or not manifest.shards:
+                manifest = new_manifest(source, name or source.name, settings)
+                share = settings.validation_share(expected_tokens)
+                manifest.val_tokens = settings.val_tokens or settings.shard_size
+            work.progress.begin("tokenizing", manifest)
+            build = StagedBuild(
+                source, folder, settings, work, engine, manifest=manifest, share=share
+            )
+            build.run()
+            if manifest.tokens == 0:
+                raise SourceError(no_documents(source))
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
     return manifest
 
 
+def freeze_plan(source: Source, folder: Path, settings: Settings, work: Work) -> None:
+    """Write down what is built; refuse to go on with the scratch of something else."""
+    plan = {
+        "version": VERSION,
+        "source": source.description,
+        "settings": settings.given(),
+        "unit_bytes": UNIT_BYTES,
+        "on_bad_document": work.on_bad_document,
+    }
+    text = json.dumps(plan, sort_keys=True)
+    plan["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    path = folder / SCRATCH / PLAN
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        files.write_json(path, plan)
+    elif json.loads(path.read_text(encoding="utf-8")).get("sha256") != plan["sha256"]:
+        raise BuildRefused(
+            f"{path}: another plan is under way here; give the settings it was begun with, "
+            f"or remove {path.parent}"
+        )
+
+
 class StagedBuild:
-    """One build: the units that are tokenized and not yet packed, and the tokens before them."""
+    """The units from the manifest's position on, and the shards that they make.
+
+    A unit is handed out, then its record comes, in any order. Once all before it are there it is
+    numbered, and the shards that end in it can be packed. Once they are published it is dropped.
+    """
 
     def __init__(
-        self, source: Source, folder: Path, settings: Settings, work: Work, engine: Engine
+        self,
+        source: Source,
+        folder: Path,
+        settings: Settings,
+        work: Work,
+        engine: Engine,
+        *,
+        manifest: Manifest,
+        share: float | None,
     ):
+        """manifest: what there is; it is extended. share: of all tokens, for the first shard, which
+        is then packed when they are counted."""
         self.source, self.folder, self.settings = source, folder, settings
-        self.work, self.engine = work, engine
+        self.work, self.engine, self.manifest, self.share = work, engine, manifest, share
         self.scratch = folder / SCRATCH
-        self.units: list[UnitRecord] = []  # waiting to be packed, in order
+        self.limit = scratch_bytes(settings, engine.workers)
+        self.resume = Position.from_json(manifest.next) if manifest.next else None
+        self.planned = _units_from(source, self.resume)
+        self.next_unit = next(self.planned, None)
+        self.handed_out: deque[Unit] = deque()  # and not numbered, in order
+        self.records: dict[str, UnitRecord] = {}  # of those, as they come
+        self.units: list[UnitRecord] = []  # numbered and not dropped, in order
+        self.ends: list[int] = []  # the number of the token behind each of them
         self.start = 0  # number of their first token
+        self.held = 0  # tokens that came, and are not dropped
+        self.under_way = 0  # stored bytes of text in units whose records have not come
+        self.seen_tokens, self.seen_bytes = 0, 0  # of all that came: tokens, stored bytes of text
+        self.next_token = manifest.tokens  # the first that is in no shard's job
+        self.packing: deque[ShardJob] = deque()  # and not in the manifest, in order
+        self.last_shard: int | None = None  # its index, once it is packed
+        self.packed: dict[int, tuple[Shard, dict]] = {}  # results of those, as they come
+        self.unpublished: list[Shard] = []  # in the manifest here, and not yet on the disk
+        self.publish_at = 0.0
 
-    def run(self, manifest: Manifest | None, name: str, expected_tokens: int) -> Manifest:
-        """Make what the manifest lacks, or all of it."""
-        self._freeze_plan()
-        share = None
-        if manifest is None or not manifest.shards:
-            manifest = new_manifest(self.source, name, self.settings)
-            share = self.settings.validation_share(expected_tokens)
-            manifest.val_tokens = self.settings.val_tokens or self.settings.shard_size
-        self.work.progress.begin("tokenizing", manifest)
-        resume = Position.from_json(manifest.next) if manifest.next else None
-        waves = self._waves(resume)
-        for last, wave in _with_last(waves):
-            self._tokenize(wave)
-            if resume is not None:
-                self._find_place(manifest, resume)
-                resume = None
-            if share and not last and not self._has_enough():
-                continue  # the size of shard 0 follows from the number of all tokens
-            if share:
-                manifest.val_tokens, share = share_of(self._total(), share), None
-            if not manifest.shards:
-                self.work.destination.publish(self.folder, manifest)
-            self._pack(manifest, last)
-            if manifest.complete:
-                break
-        if manifest.tokens == 0:
-            raise SourceError(no_documents(self.source))
-        if len(manifest.shards) == 1 and self.settings.default_val:
-            return self._again_with_a_share(manifest)
-        return manifest
+    def run(self) -> None:
+        """Make all shards that the manifest lacks."""
+        for job, result in self.engine.map(do, self._jobs()):
+            if isinstance(job, UnitJob):
+                self._number(result)
+            else:
+                self.packed[job.index] = result
+            self._publish()
 
-    def _again_with_a_share(self, manifest: Manifest) -> Manifest:
-        """The estimate was too high, and nothing is left to train on: a tenth for validation."""
-        if manifest.val_tokens == share_of(manifest.tokens, SMALL_SHARE):
-            return manifest
-        manifest.val_tokens = share_of(manifest.tokens, SMALL_SHARE)
-        manifest.shards, manifest.next, manifest.complete = [], None, False
-        self.work.destination.publish(self.folder, manifest)
-        self.units, self.start = [], 0
-        for last, wave in _with_last(self._waves(None)):
-            self._tokenize(wave)
-            self._pack(manifest, last)
-        return manifest
+    def _jobs(self) -> Iterator[Job | None]:
+        """What to do next, packing first, which frees scratch."""
+        while True:
+            if job := self._next_shard():
+                yield job
+            elif unit_job := self._next_unit():
+                yield unit_job
+            elif self.handed_out or self.packing:
+                yield None
+            else:
+                return
 
-    def _freeze_plan(self) -> None:
-        """Write down what is built; refuse to go on with the scratch of something else."""
-        plan = {
-            "source": self.source.description,
-            "settings": self.settings.given(),
-            "unit_bytes": UNIT_BYTES,
-            "on_bad_document": self.work.on_bad_document,
-        }
-        text = json.dumps(plan, sort_keys=True)
-        plan["sha256"] = hashlib.sha256(text.encode()).hexdigest()
-        self.scratch.mkdir(exist_ok=True)
-        path = self.scratch / PLAN
-        if path.exists():
-            if json.loads(path.read_text(encoding="utf-8")).get("sha256") != plan["sha256"]:
-                raise BuildRefused(
-                    f"{path}: another plan is under way here; give the settings it was begun with, "
-                    f"or remove {self.scratch}"
-                )
-            return
-        files.write_json(path, plan)
+    # ---- units
 
-    def _waves(self, resume: Position | None) -> Iterator[list[Unit]]:
-        """The units from a position on, as many at a time as make a wave. Each file's units are
-        planned on their own, so that they are the same in every run."""
-        size = wave_bytes(self.settings, self.engine.workers)
-        wave: list[Unit] = []
-        wave_size = 0  # in stored bytes
-        first_file = resume.file if resume else 0
-        for index in range(first_file, len(self.source.files)):
-            units = file_units(self.source, index)
-            for unit in _from_position(units, resume if index == first_file else None):
-                wave.append(unit)
-                wave_size += unit.num_bytes
-                # Stored bytes stand for tokens' bytes: compressed text has fewer, plain text more.
-                if wave_size >= size:
-                    yield wave
-                    wave, wave_size = [], 0
-        yield wave
+    def _next_unit(self) -> UnitJob | None:
+        """The next one to tokenize, if there is one and room for it."""
+        unit, work = self.next_unit, self.work
+        is_idle = not (self.handed_out or self.packing)
+        # Before all tokens are counted nothing can be packed to make room.
+        has_room = self.share is not None or is_idle or self._bytes_ahead() < self.limit
+        if unit is None or self._has_enough() or not has_room:
+            return None
+        self.next_unit = next(self.planned, None)
+        self.handed_out.append(unit)
+        self.under_way += unit.num_bytes
+        source = with_one_file(self.source, unit.file)
+        return UnitJob(source, unit, work.tokenizer, work.on_bad_document, self.scratch)
 
-    def _tokenize(self, wave: list[Unit]) -> None:
-        """Have the wave's units published, and note them in the source's order."""
-        jobs = [
-            UnitJob(
-                with_one_file(self.source, unit.file),
-                unit,
-                self.work.tokenizer,
-                self.work.on_bad_document,
-                self.scratch,
-            )
-            for unit in wave
-        ]
-        records: dict[str, UnitRecord] = {}
-        for _, record in self.engine.map(tokenize_to_scratch, jobs):
-            records[record.key] = record
-            self.work.progress.unit(record.unit, record.tokens, record.text_bytes)
-        for unit in wave:
-            record, row = records[unit_key(unit)], unit.first_row
+    def _bytes_ahead(self) -> float:
+        """Bytes of the tokens in scratch, and about those of the units that are on their way."""
+        ratio = self.seen_tokens / self.seen_bytes if self.seen_bytes else 0
+        return TOKEN.itemsize * (self.held + self.under_way * ratio)
+
+    def _number(self, record: UnitRecord) -> None:
+        """Note a unit that is published, and number those before which none is missing."""
+        self.records[record.key] = record
+        self.held += record.tokens
+        self.under_way -= record.unit.num_bytes
+        self.seen_tokens += record.tokens
+        self.seen_bytes += record.unit.num_bytes
+        self.work.progress.unit(record.unit, record.tokens, record.text_bytes)
+        while self.handed_out and unit_key(self.handed_out[0]) in self.records:
+            unit = self.handed_out.popleft()
+            record, row = self.records.pop(unit_key(unit)), unit.first_row
             if row is None and self.units:  # of text files: known once those before are counted
                 before = self.units[-1]
                 if before.unit.file == unit.file and before.unit.first_row is not None:
                     row = before.unit.first_row + before.rows
-            self.units.append(replace(record, unit=replace(unit, first_row=row)))
+            record = replace(record, unit=replace(unit, first_row=row))
+            if self.resume is not None:
+                record = self._find_place(record, self.resume)
+                self.resume = None
+            self.units.append(record)
+            self.ends.append((self.ends[-1] if self.ends else self.start) + record.tokens)
 
-    def _find_place(self, manifest: Manifest, resume: Position) -> None:
-        """Number the tokens of the units from the position at which the manifest ends."""
-        batch = read_scratch(self.scratch, self.units[0])
-        first_row, wanted = self.units[0].unit.first_row, resume.row
+    def _find_place(self, record: UnitRecord, resume: Position) -> UnitRecord:
+        """Number the tokens of the first unit from the position at which the manifest ends; returns
+        it with the number of its first row."""
+        batch = read_scratch(self.scratch, record, (0, 0))
+        first_row, wanted = record.unit.first_row, resume.row
         if first_row is None:  # a text file's: the position has the row's byte, and so its row
             offsets = np.zeros(0) if batch.offsets is None else batch.offsets
             place = int(np.searchsorted(offsets, resume.offset or 0))
             first_row = wanted - int(batch.rows[place]) if place < len(offsets) else 0
-            self._set_rows(self.units[0].unit.file, first_row)
         place = int(np.searchsorted(batch.rows, wanted - first_row))
         fits = place < len(batch.rows) and batch.rows[place] == wanted - first_row
         if not fits or not 0 < resume.token <= batch.counts[place]:
             raise ShardError(
-                f"{self.folder / MANIFEST}: its next position does not fit: no document has row "
-                f"{resume.row}, token {resume.token} of file {resume.file}; restore it, or remove "
-                "the folder and build it again"
+                f"{self.folder / MANIFEST}: its next position does not fit: no document has "
+                f"row {resume.row}, token {resume.token} of file {resume.file}; restore it, or "
+                "remove the folder and build it again"
             )
-        self.start = manifest.tokens - int(batch.counts[:place].sum()) - resume.token
+        self.start = self.manifest.tokens - int(batch.counts[:place].sum()) - resume.token
+        return replace(record, unit=replace(record.unit, first_row=first_row))
 
-    def _set_rows(self, file: int, first_row: int) -> None:
-        """Number the rows of a file's units, which begin with this row."""
-        known, self.units = self.units, []
-        for record in known:
-            if record.unit.file == file:
-                record = replace(record, unit=replace(record.unit, first_row=first_row))
-                first_row += record.rows
-            self.units.append(record)
+    # ---- shards
 
     def _total(self) -> int:
-        """All tokens up to the end of the units at hand, at most max_tokens."""
-        total = self.start + sum(record.tokens for record in self.units)
+        """All tokens up to the end of the numbered units, at most max_tokens."""
+        total = self.ends[-1] if self.ends else self.start
         return min(total, self.settings.max_tokens or total)
 
     def _has_enough(self) -> bool:
         return self.settings.max_tokens is not None and self._total() >= self.settings.max_tokens
 
-    def _pack(self, manifest: Manifest, is_last: bool) -> None:
-        """Pack every shard whose tokens are at hand, with is_last also one that is not full."""
+    def _next_shard(self) -> ShardJob | None:
+        """The next one to pack, if its tokens are at hand; of the last one fewer may be."""
         total = self._total()
-        ends = list(
-            itertools.accumulate((record.tokens for record in self.units), initial=self.start)
-        )
-        numbers, ends = ends[:-1], ends[1:]  # of each unit's first token, and behind its last
-        is_last = is_last or self._has_enough()
-        jobs: list[ShardJob] = []
-        start = manifest.tokens
-        while start < total:
-            index = len(manifest.shards) + len(jobs)
-            size = manifest.val_tokens if index == 0 else self.settings.shard_size
-            stop = min(start + size, total)
-            # Whether a full shard is the last one shows when there is a token behind it.
-            if not is_last and stop + 1 > total:
-                break
-            ends_all = is_last and stop == total and not self._has_enough()
-            jobs.append(
-                self._shard_job(manifest, index, (start, stop), numbers, ends, ends_all=ends_all)
-            )
-            start = stop
-        made = dict(self.engine.map(pack_shard, jobs))
-        for job in jobs:
-            shard, behind = made[job]
-            manifest.shards.append(shard)
-            manifest.next = behind
-            manifest.complete = is_last and job.stop == total
-        if jobs:
-            # Once a wave: a manifest of 100,000 shards takes a second to write, and each of them
-            # would ask for it anew.
+        is_last = self._has_enough() or (self.next_unit is None and not self.handed_out)
+        start, manifest = self.next_token, self.manifest
+        if start >= total or not (is_last or self.share is None):
+            return None
+        if self.share is not None:
+            manifest.val_tokens, self.share = share_of(total, self.share), None
+        index = len(manifest.shards) + len(self.packing)
+        size = manifest.val_tokens if index == 0 else self.settings.shard_size
+        if index == 0 and is_last and total <= size and self.settings.default_val:
+            # The estimate was too high, and nothing would be left to train on.
+            size = manifest.val_tokens = share_of(total, SMALL_SHARE)
+        stop = min(start + size, total)
+        # Whether a full shard is the last one shows when there is a token behind it.
+        if not is_last and stop + 1 > total:
+            return None
+        if index == 0:
             self.work.destination.publish(self.folder, manifest)
-        for job in jobs:
-            self.work.progress.shard(made[job][0])
-        self._drop_packed(manifest.tokens)
+        ends_all = is_last and stop == total
+        # From the unit that holds the token before it to that of its last one.
+        begin = 0 if start == 0 else bisect_left(self.ends, start)
+        end = bisect_left(self.ends, stop) + 1
+        if ends_all:
+            self.last_shard = index
+            ends_all = not self._has_enough()  # rows left out behind it are its own
+            end = len(self.ends) if ends_all else end
+        numbers = [self.ends[at - 1] if at else self.start for at in range(begin, end)]
+        units = tuple(zip(numbers, self.units[begin:end], strict=True))
+        name, ending = manifest.name, manifest.ending
+        place = (index, start, stop)
+        job = ShardJob(self.folder, self.scratch, name, ending, *place, units, is_last=ends_all)
+        self.packing.append(job)
+        self.next_token = stop
+        return job
 
-    def _shard_job(
-        self,
-        manifest: Manifest,
-        index: int,
-        place: tuple[int, int],
-        numbers: list[int],
-        ends: list[int],
-        *,
-        ends_all: bool,
-    ) -> ShardJob:
-        """The job of tokens place[0] to place[1], with the units from the one that holds the token
-        before them to that of the last one. ends_all: nothing comes after."""
-        start, stop = place
-        begin = 0 if start == 0 else int(np.searchsorted(ends, start))
-        end = len(ends) if ends_all else int(np.searchsorted(ends, stop)) + 1
-        units = tuple(zip(numbers[begin:end], self.units[begin:end], strict=True))
-        return ShardJob(
-            self.folder,
-            self.scratch,
-            manifest.name,
-            manifest.ending,
-            index,
-            start,
-            stop,
-            units,
-            ends_all,
-        )
-
-    def _drop_packed(self, packed: int) -> None:
-        """Remove the units before the one that holds the last token in a shard."""
-        while self.units and self.start + self.units[0].tokens < packed:
-            record = self.units.pop(0)
-            self.start += record.tokens
-            for ending in (".json", ".npz", ".tokens"):  # first what says that it is there
-                (self.scratch / f"{record.key}{ending}").unlink(missing_ok=True)
+    def _publish(self) -> None:
+        """Have the shards before which none is missing in the manifest, now and then on the disk
+        too, and drop the units that are in them."""
+        manifest = self.manifest
+        while self.packing and self.packing[0].index in self.packed:
+            index = self.packing.popleft().index
+            shard, manifest.next = self.packed.pop(index)
+            manifest.shards.append(shard)
+            manifest.complete = index == self.last_shard
+            self.unpublished.append(shard)
+        began = time.monotonic()
+        is_due = began >= self.publish_at or self._bytes_ahead() >= self.limit
+        if not (self.unpublished and (is_due or manifest.complete)):
+            return
+        self.work.destination.publish(self.folder, manifest)
+        now = time.monotonic()
+        self.publish_at = now + (now - began) / PUBLISHING_SHARE
+        for shard in self.unpublished:
+            self.work.progress.shard(shard)
+        self.unpublished = []
+        while self.units and self.ends[0] < manifest.tokens:
+            record, self.start = self.units.pop(0), self.ends.pop(0)
+            self.held -= record.tokens
+            remove_scratch(self.scratch, record)
 
 
 def with_one_file(source: Source, index: int) -> Source:
@@ -357,6 +351,15 @@ def file_units(source: Source, index: int) -> Iterator[Unit]:
     start = Position(index, 0)
     units = plan_units(source, unit_bytes=UNIT_BYTES, resume=start)
     return itertools.takewhile(lambda unit: unit.file == index, units)
+
+
+def _units_from(source: Source, position: Position | None) -> Iterator[Unit]:
+    """All units, or those from a position on. Each file's are planned on their own, so that they
+    are the same in every run."""
+    first_file = position.file if position else 0
+    for index in range(first_file, len(source.files)):
+        units = file_units(source, index)
+        yield from _from_position(units, position if index == first_file else None)
 
 
 def _from_position(units: Iterator[Unit], position: Position | None) -> Iterator[Unit]:
@@ -376,13 +379,3 @@ def _begins_by(unit: Unit, position: Position) -> bool:
     if position.offset is not None:
         return unit.start <= position.offset
     return unit.first_row is not None and unit.first_row <= position.row
-
-
-def _with_last(items: Iterable[Any]) -> Iterator[tuple[bool, Any]]:
-    """(whether it is the last one, item)."""
-    items = iter(items)
-    item = next(items)
-    for following in items:
-        yield False, item
-        item = following
-    yield True, item

@@ -14,7 +14,7 @@ import pytest
 import fineweb
 from pretrain.text import ranges, stores
 from pretrain.text.documents import Patience, local_source
-from pretrain.tokens import destination, staged
+from pretrain.tokens import destination, engines, staged
 from pretrain.tokens.build import Settings, Work
 from pretrain.tokens.destination import StoreDestination
 from pretrain.tokens.tokenizer import Tokenizer
@@ -228,10 +228,10 @@ def test_a_place_with_foreign_shards_and_an_unknown_store_are_refused(s3, corpus
 
 def test_steps_of_a_cluster_publish_the_same_bytes(s3, corpus, expected, monkeypatch):
     monkeypatch.setattr(staged, "UNIT_BYTES", 4000)
-    monkeypatch.setattr(staged, "WAVE_SHARDS", 1)
+    monkeypatch.setattr(staged, "AHEAD_SHARDS", 1)
     with StoreDestination(OUT).opened() as store:
         work = Work(Tokenizer("tiktoken"), destination=store)
-        engine, settings = staged.DirectEngine(), Settings(shard_size=3000)
+        engine, settings = engines.DirectEngine(), Settings(shard_size=3000)
         source = local_source([corpus])
         staged.build_staged(
             source, store.folder, settings, work, engine, name="web", expected_tokens=10**6

@@ -104,7 +104,7 @@ def kill_a_worker():
             pid = processes[pid][0]
         return pid == os.getpid()
 
-    workers = [pid for pid, (_, args) in processes.items() if "ray::tokenize" in args]
+    workers = [pid for pid, (_, args) in processes.items() if "ray::do" in args]
     workers = [pid for pid in workers if is_ours(pid)]
     for pid in workers[:1]:
         os.kill(pid, signal.SIGKILL)
@@ -141,7 +141,7 @@ from pretrain.tokens.build import Settings, Work
 from pretrain.tokens.ray_engine import RayEngine
 from pretrain.tokens.tokenizer import Tokenizer
 
-staged.WAVE_SHARDS = 1
+staged.AHEAD_SHARDS = 1
 with RayEngine(num_cpus=1) as engine:
     staged.build_staged(
         local_source([sys.argv[1]]), Path(sys.argv[2]), Settings(shard_size=3000),
