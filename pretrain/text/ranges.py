@@ -8,7 +8,6 @@ jitter; a server that asks for a pause gets it, a body that is cut short or stal
 it ended. What delivers nothing for `Patience.give_up_seconds` ends in one SourceError.
 """
 
-import http.client
 import io
 import logging
 import random
@@ -85,7 +84,9 @@ def cause(error: Exception) -> str:
         error = nested[0]
     if isinstance(error, TimeoutError) or "timed out" in str(error):
         return "no answer in time"
-    if isinstance(error, http.client.IncompleteRead | http.client.RemoteDisconnected):
+    from http.client import IncompleteRead, RemoteDisconnected  # loads much, for faults alone
+
+    if isinstance(error, IncompleteRead | RemoteDisconnected):
         return "the connection was closed early"
     # urllib3 begins with the connection object's repr or address
     return re.sub(r"^<[^>]*>:? ?|^\w+\(host=.*?\): ", "", str(error)) or type(error).__name__

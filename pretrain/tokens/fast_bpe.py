@@ -12,7 +12,7 @@ tokenizer is made, in about two seconds.
 """
 
 import argparse
-import base64
+import binascii
 import json
 import mmap
 import sys
@@ -108,7 +108,8 @@ def load_gigatoken(tokens: list[bytes]) -> "gigatoken.Tokenizer":
     token."""
     from gigatoken import Tokenizer
 
-    lines = (b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
+    encode = binascii.b2a_base64
+    lines = [b"%s %d\n" % (encode(token, newline=False), i) for i, token in enumerate(tokens)]
     with tempfile.TemporaryDirectory() as folder:  # this format is read from a path only
         path = Path(folder, "ranks.tiktoken")
         path.write_bytes(b"".join(lines))

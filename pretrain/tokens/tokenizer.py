@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TOKENIZER_NAME = "gpt2"
 END_OF_TEXT = 50256
 VOCAB_SIZE = 50257
+LINE_END = "\uffff"  # in the place of "\n", which is a token's byte, too
 BACKENDS = ("auto", "gigatoken", "tiktoken")
 
 # OpenAI published the vocabulary as two files: encoder.json, by whose hash manifests name it, and
@@ -111,6 +112,7 @@ def shown_bytes() -> dict[int, str]:
     }
 
 
+@functools.cache
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Bytes of each token -> its id, which is its merge order as well, from a copy of vocab.bpe.
 
@@ -122,19 +124,27 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         raise ValueError(f"{path} is not the original file (SHA-256 differs)")
     shown = shown_bytes()
     byte_of = {ord(character): byte for byte, character in shown.items()}
-    merges = content.decode("utf-8").split("\n")[1:-1]  # the first line is a version
-    joined = (merge.replace(" ", "").translate(byte_of).encode("latin-1") for merge in merges)
-    tokens = [*(bytes([byte]) for byte in shown), *joined]
-    return {token: i for i, token in enumerate(tokens)}
+    # Translated all at once, which takes a third of the time of each line by itself.
+    text = content.decode("utf-8").replace(" ", "").replace("\n", LINE_END).translate(byte_of)
+    merges = text.split(LINE_END)[1:-1]  # the first line is a version
+    tokens = [*(bytes([byte]) for byte in shown), *(merge.encode("latin-1") for merge in merges)]
+    return dict(zip(tokens, range(len(tokens)), strict=True))
+
+
+def token_bytes() -> list[bytes]:
+    """The bytes of each token but END_OF_TEXT, by id. Raises TokenizerUnavailable."""
+    try:
+        return list(read_ranks(merges_file()))
+    except (OSError, ValueError):  # from where tiktoken has it
+        encoding = load_encoding()
+        return [encoding.decode_single_token_bytes(i) for i in range(END_OF_TEXT)]
 
 
 @functools.cache
 def _fast_bpe(inexact: bytes, parallel: bool | None) -> FastBPE:
     """One for all tokenizers of a process: it takes 0.2 s to make, is quicker once it knows the
     words of a language, and a worker is given a tokenizer with each task. inexact: of int64."""
-    reference = load_encoding()
-    tokens = [reference.decode_single_token_bytes(i) for i in range(END_OF_TEXT)]
-    return FastBPE(tokens, np.frombuffer(inexact, np.int64), parallel)
+    return FastBPE(token_bytes(), np.frombuffer(inexact, np.int64), parallel)
 
 
 class Tokenizer:
