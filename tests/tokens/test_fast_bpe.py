@@ -108,6 +108,14 @@ def test_ranges_read_back_as_they_were_written(code_points):
     assert np.array_equal(from_ranges(to_ranges(ascending)), ascending)
 
 
+@pytest.fixture(autouse=True)
+def _tokenizers_of_this_test_alone():
+    """A process has one for all: here each test begins with one that has encoded nothing yet."""
+    tokenizer._fast_bpe.cache_clear()
+    yield
+    tokenizer._fast_bpe.cache_clear()
+
+
 @pytest.mark.parametrize("sizes_known", [True, False])
 def test_a_full_cache_is_dropped_and_the_tokens_stay_the_same(sizes_known, monkeypatch):
     size = iter(range(0, 10**6, 100))
@@ -153,7 +161,6 @@ def test_awkward_serves_long_texts_alone_and_can_be_missing(monkeypatch):
     monkeypatch.setattr(fast_bpe, "AWKWARD_FROM_BYTES", 10)
     encode, used = fast_bpe.encode_awkward, []
     monkeypatch.setattr(fast_bpe, "encode_awkward", lambda *given: used.append(1) or encode(*given))
-    tokenizer._fast_bpe.cache_clear()  # one that has encoded nothing yet
     tok, texts = Tokenizer("gigatoken", check_every=0), pa.array(["Hello world"])
     expected = [50256, 15496, 995]
     for times in (0, 1, 2):
