@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from pretrain.errors import UserError
+from pretrain.tokens import transfer
 
 # Where units run, by the name that --engine takes: the function that builds a request's shards.
 # Its module is loaded when it is chosen.
@@ -213,15 +214,19 @@ class _Worker:
     """A process that does one task after the other, as they are called for."""
 
     def __init__(self, context: Any, work: Work):
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve_process, args=(theirs, work), daemon=True)
+        tasks, self.tasks = context.Pipe(duplex=False)
+        self.results, results = context.Pipe(duplex=False)
+        transfer.widen(results)
+        ends = (tasks, results)
+        self.process = context.Process(target=_serve_process, args=(*ends, work), daemon=True)
         self.process.start()
-        theirs.close()
+        for end in ends:
+            end.close()
 
     def __call__(self, task: Any) -> Iterator:
         try:
-            self.connection.send(task)
-            while not isinstance(reply := self.connection.recv(), _End):
+            self.tasks.send(task)
+            while not isinstance(reply := transfer.receive(self.results), _End):
                 yield reply
         except (EOFError, OSError):
             self.process.join(5)
@@ -234,23 +239,23 @@ class _Worker:
             raise reply.error
 
 
-def _serve_process(connection: Any, work: Work) -> None:
+def _serve_process(tasks: Any, results: Any, work: Work) -> None:
     for number in signal.valid_signals():  # a copy has its parent's handlers
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the parent is gone or no longer interested
         while True:
-            task = connection.recv()
+            task = tasks.recv()
             end = _End()
             try:
                 for result in work(task):
-                    connection.send(result)
+                    transfer.send(results, result)
             except (UserError, OSError, MemoryError) as error:
                 end = _End(error)
             except Exception:
                 end = _End(RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
-            connection.send(end)
+            transfer.send(results, end)
 
 
 def _end_with_parent() -> None:
