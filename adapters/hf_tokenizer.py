@@ -7,6 +7,7 @@ It is made from tiktoken's encoding, so it needs no network where pretrain.token
 none.
 """
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,17 +28,12 @@ def build_tokenizer(block_size: int) -> "PreTrainedTokenizerFast":
     require("transformers")
     from transformers import GPT2TokenizerFast  # type: ignore[attr-defined]
 
-    encoding = load_encoding()
-    ids = {
-        encoding.decode_single_token_bytes(i): i for i in range(END_OF_TEXT)
-    }  # in the order of the ids
-    vocabulary = {_printable(token): i for token, i in ids.items()}
-    merges = [tuple(map(_printable, _last_merge(token, ids))) for token in ids if len(token) > 1]
+    vocabulary, merges = _vocabulary_and_merges()
     # Its arguments vocab_file and merges_file are accepted and ignored: the tokenizer would be
     # empty.
     return GPT2TokenizerFast(
         vocab={**vocabulary, "<|endoftext|>": END_OF_TEXT},
-        merges=merges,
+        merges=list(merges),
         model_max_length=block_size,
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
@@ -50,6 +46,21 @@ def save_tokenizer(folder: Path, block_size: int) -> None:
     tokenizer = build_tokenizer(block_size)
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.model.save(str(folder))
+
+
+@functools.cache
+def _vocabulary_and_merges() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
+    """Ids and merges as GPT-2's files write them. Once for all tokenizers of a process: the merges
+    take a second."""
+    encoding = load_encoding()
+    ids = {
+        encoding.decode_single_token_bytes(i): i for i in range(END_OF_TEXT)
+    }  # in the order of the ids
+    merges = (_last_merge(token, ids) for token in ids if len(token) > 1)
+    return (
+        {_printable(token): i for token, i in ids.items()},
+        tuple((_printable(left), _printable(right)) for left, right in merges),
+    )
 
 
 def _last_merge(token: bytes, ids: dict[bytes, int]) -> tuple[bytes, bytes]:

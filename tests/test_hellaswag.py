@@ -124,8 +124,8 @@ def assert_same(values, expected, picks):
     assert (picks == expected.argmin(axis=1))[clear].all()
 
 
-def test_five_hundred_examples_score_as_in_the_plain_loop(model):
-    some = made_up(500)
+def test_two_hundred_examples_score_as_in_the_plain_loop(model):
+    some = made_up(200)
     result = evaluate(model, some)
     losses, counts = map(
         np.array, zip(*(plain_loop(model, example) for example in some), strict=True)
@@ -133,9 +133,9 @@ def test_five_hundred_examples_score_as_in_the_plain_loop(model):
     assert_same(result.losses, losses, result.picks)
     assert_same(result.losses_norm, losses / counts, result.picks_norm)
     labels = np.array([example.label for example in some])
-    assert result.acc == pytest.approx((losses.argmin(1) == labels).mean(), abs=2 / 500)
+    assert result.acc == pytest.approx((losses.argmin(1) == labels).mean(), abs=2 / 200)
     assert result.acc_norm == pytest.approx(
-        ((losses / counts).argmin(1) == labels).mean(), abs=2 / 500
+        ((losses / counts).argmin(1) == labels).mean(), abs=2 / 200
     )
     assert len({tuple(p) for p in np.stack([result.picks, result.picks_norm], 1).tolist()}) > 8
 
@@ -238,9 +238,10 @@ def test_a_model_that_fails_is_still_put_back_into_training_mode(items):
 
 
 def test_sixteen_bits_come_close_to_thirty_two(model, items):
-    exact = evaluate(model, items).losses_norm
+    some = items[:6]  # a CPU takes 20 times as long in 16 bits
+    exact = evaluate(model, some).losses_norm
     for dtype in (torch.bfloat16, torch.float16):
-        result = evaluate(model, items, dtype=dtype).losses_norm
+        result = evaluate(model, some, dtype=dtype).losses_norm
         assert 0 < np.abs(result - exact).max() < 0.2
 
 

@@ -15,7 +15,7 @@ well.
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pretrain
@@ -155,14 +155,11 @@ def _follow(folders: list[str], page: Path, seconds: int) -> list[Run]:
 def write_report(runs: list[Run], found: list[tuple[Run, Finding]], page: Path) -> None:
     """Write the page, and every plot as <page's stem>-<plot's name>.png beside it: all of them, or
     on an error none. Raises OSError."""
-    pictures = plots(runs)
-    contents = {
-        page.with_name(f"{page.stem}-{plot.name}.png"): to_png(plot) for plot in pictures
-    } | {page: html_page(runs, found, pictures).encode("utf-8", "replace")}
     page.parent.mkdir(parents=True, exist_ok=True)
     written: list[tuple[Path, Path]] = []
     try:
-        for path, data in contents.items():  # a full disk shows before anything has its name
+        for path, data in _contents(runs, found, page):
+            # A full disk shows before anything has its name, and before more is drawn for it.
             part = path.with_name(f".{path.name}.new")
             written.append((part, path))
             try:
@@ -177,6 +174,16 @@ def write_report(runs: list[Run], found: list[tuple[Run, Finding]], page: Path) 
         for part, _ in written:
             with contextlib.suppress(OSError):
                 part.unlink()
+
+
+def _contents(
+    runs: list[Run], found: list[tuple[Run, Finding]], page: Path
+) -> Iterator[tuple[Path, bytes]]:
+    """The files of a report, each drawn when it is asked for."""
+    pictures = plots(runs)
+    for plot in pictures:
+        yield page.with_name(f"{page.stem}-{plot.name}.png"), to_png(plot)
+    yield page, html_page(runs, found, pictures).encode("utf-8", "replace")
 
 
 def write_tables(runs: list[Run], csv: str | None, markdown: str | None) -> str:

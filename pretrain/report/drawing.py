@@ -112,11 +112,14 @@ def style() -> Iterator[None]:
 
 def to_svg(plot: Plot, *, wide: bool = False, legend: bool = True) -> str:
     """A transparent SVG without dates, its identifiers made from its content."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     buffer = io.StringIO()
-    _arrange(plot, WIDE if wide else NARROW, legend)
+    _arrange(plot, WIDE if wide else NARROW, legend, "none")
     with style():
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        plot.figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+        # Not savefig, which draws everything twice for a layout that drawing computes as well.
+        FigureCanvasSVG(plot.figure).print_svg(buffer, metadata=metadata)
     return re.sub(
         r"<!--.*?-->", "", buffer.getvalue(), flags=re.DOTALL
     )  # they hold the labels as text
@@ -131,20 +134,24 @@ def darkened(svg: str) -> str:
 
 def to_png(plot: Plot) -> bytes:
     """A PNG on white, 1,080 pixels wide."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
-    _arrange(plot, NARROW, legend=True)
+    _arrange(plot, NARROW, True, "white")
     with style():
-        plot.figure.savefig(
-            buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None}
-        )
+        plot.figure.set_dpi(200)
+        FigureCanvasAgg(plot.figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _arrange(plot: Plot, size: tuple[float, float], legend: bool) -> None:
+def _arrange(plot: Plot, size: tuple[float, float], legend: bool, background: str) -> None:
     for one in plot.figure.legends:
         one.set_visible(legend)
         one.set_in_layout(legend)
     plot.figure.set_size_inches(*size)
+    plot.figure.set_facecolor(background)
+    for axes in plot.figure.axes:
+        axes.set_facecolor(background)
 
 
 def looks(count: int) -> list[tuple[Look, Look]]:

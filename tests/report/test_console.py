@@ -153,7 +153,7 @@ def test_a_log_of_before_tasks_had_names_gives_the_same_page(tmp_path):
         log = RunLog(folder)
         log.write("start", step=0)
         for step in (5, 10):
-            log.write("eval", **EVAL | {"step": step, **scores})
+            log.write("eval", step=step, val_loss=3.2, **scores)
         lines = [json.loads(line) for line in log.path.read_text().splitlines()]
         log.path.write_text("".join(json.dumps(line | {"time": 1.0}) + "\n" for line in lines))
         assert report.main([str(folder)]) == 0

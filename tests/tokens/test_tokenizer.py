@@ -255,7 +255,7 @@ def test_every_code_point_in_the_contexts_that_show_its_class(fast, published):
     characters = [chr(c) for c in scalar_values().tolist()]
     assert len(characters) == 1_112_064
     context = "{0}'s{0}{0} a{0}b 1{0}2 .{0}!\n"
-    blocks = [characters[i : i + 64] for i in range(0, len(characters), 64)]
+    blocks = [characters[i : i + 512] for i in range(0, len(characters), 512)]
     texts = ["".join(context.replace("{0}", c) for c in block) for block in blocks]
     tokens, counts = fast.encode_documents(pa.array(texts))
     ends = np.cumsum(counts)
