@@ -67,8 +67,12 @@ EXCEPTIONS = {  # the same for commands with these words in them
     + TRAINING,
     "--config configs/modern-124m.yaml": f"{SIZES} {SHAPE} --total_batch_tokens 256 {LENGTH} "
     + TRAINING,
+    # Compiling it takes a minute. That two ranks train alike with --compile True is shown in
+    # tests/train/test_parallel.py.
+    "--compile True": f"{SIZES} {RUN} {TRAINING} --compile False",
     "--eval_only": f"--eval_iters 2 --device cpu --hellaswag_data {ITEMS}",
-    "--val_tokens 10485760": f"--val_tokens 64 --device cpu --hellaswag_data {ITEMS}",
+    "--val_tokens 10485760": "--val_tokens 64 --eval_iters 2 --device cpu "
+    f"--hellaswag_data {ITEMS}",
     "--model my-gpt2": f"{RUN} --cpu",
 }
 

@@ -117,7 +117,8 @@ def test_a_start_that_lacks_ranks_ends_in_time_and_names_them(alone):
     assert waiting is None or "rank 2: " in waiting
 
 
-def test_without_rank_0_the_others_end_in_time(alone):
+def test_without_rank_0_the_others_end_in_time(alone, monkeypatch):
+    monkeypatch.setenv("PRETRAIN_START_SECONDS", "1")
     (outcome,) = meet(replace(alone, rank=1))
     assert "rank 1: nobody answers at 127.0.0.1:" in outcome and "is rank 0 started?" in outcome
 
@@ -134,7 +135,8 @@ def test_a_port_that_is_taken_is_one_line(alone):
 
 @pytest.mark.parametrize("address", ["nowhere.invalid", "a" * 64, "256.1.1.1", "two words"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_address_that_is_none_is_named_soon(alone, rank, address, capfd):
+def test_an_address_that_is_none_is_named_soon(alone, rank, address, monkeypatch, capfd):
+    monkeypatch.setenv("PRETRAIN_START_SECONDS", "1")
     t0 = time.monotonic()
     (outcome,) = meet(replace(alone, rank=rank, address=address))
     assert f"rank {rank}: MASTER_ADDR='{address}' is no name or address" in outcome
@@ -199,7 +201,7 @@ def write_worker(folder, when, hangs=False):
 @pytest.mark.parametrize("when", ["start", "training"])
 def test_ranks_do_not_outlive_a_torchrun_that_was_killed(tmp_path, when):
     command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", str(write_worker(tmp_path, when))]
-    agent = subprocess.Popen(
+    agent = forked.Popen(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
     )
     pids = [tmp_path / f"pid-{rank}" for rank in range(2)]
