@@ -68,6 +68,9 @@ def test_of_many_ranks_a_message_names_the_first():
     assert in_words(range(100)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 92 more"
 
 
+waiting = []  # threads of meet, of which some may wait still
+
+
 def meet(*places):
     """What meeting_point gives or raises for each place, called at the same time; None for those
     that still wait when the first has ended."""
@@ -83,6 +86,7 @@ def meet(*places):
     for thread in threads:
         thread.start()
         time.sleep(0.3)  # those that come first are at an advantage
+    waiting.extend(threads)
     threads[-1].join(60)
     return outcomes
 
@@ -91,7 +95,9 @@ def meet(*places):
 def alone(monkeypatch):
     """A place for two ranks of one machine, and starts that are over after three seconds."""
     monkeypatch.setenv("PRETRAIN_START_SECONDS", "3")
-    return Place(0, 2, "node0", "/tmp/start_b/attempt_0", "127.0.0.1", free_port())
+    yield Place(0, 2, "node0", "/tmp/start_b/attempt_0", "127.0.0.1", free_port())
+    while waiting:  # what torch writes for them is not to come in the middle of the next test
+        waiting.pop().join(30)
 
 
 def test_a_rank_of_an_earlier_start_is_not_taken_for_one_of_this(alone):
