@@ -27,7 +27,7 @@ from torch.distributed.run import get_args_parser
 from upload_hub import UploadHub
 
 import fineweb
-from adapters import lm_eval
+from adapters import huggingface, lm_eval
 from model import GPT, GPTConfig
 from pretrain import flags
 from pretrain.train.settings import from_command_line
@@ -151,10 +151,10 @@ def section(title):
 
 def save_tiny_model(folder, name):
     """A random model as a folder that transformers would read."""
-    from adapters import huggingface
-
     torch.manual_seed(0)
-    huggingface.export(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64)), folder / name)
+    (folder / name).mkdir()
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64))
+    huggingface.save_weights(model, folder / name, "float32")
 
 
 @pytest.fixture
