@@ -1,6 +1,7 @@
 """The import rules of the house, read from the source and from what a fresh interpreter loads."""
 
 import ast
+import functools
 import importlib.util
 import os
 import subprocess
@@ -23,6 +24,7 @@ FRAMEWORKS = {
 TORCH_FREE = ("text", "tokens", "report")  # rooms that fineweb.py and its workers start from
 
 
+@functools.cache
 def sources():
     """All Python files of the product: everything but tests and environments."""
     files = list(ROOT.glob("*.py"))
@@ -41,9 +43,9 @@ def modules(room):
     ]
 
 
+@functools.cache
 def imports(path):
-    """Yield (module, name of the enclosing function or None) for every import statement of a
-    file."""
+    """(module, name of the enclosing function or None) for every import statement of a file."""
 
     def visit(node, function):
         for child in ast.iter_child_nodes(node):
@@ -57,7 +59,7 @@ def imports(path):
                 inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
                 yield from visit(child, child.name if inside else function)
 
-    yield from visit(ast.parse(path.read_text(encoding="utf-8")), None)
+    return list(visit(ast.parse(path.read_text(encoding="utf-8")), None))
 
 
 def top_level(path):

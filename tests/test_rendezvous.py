@@ -68,6 +68,9 @@ def test_of_many_ranks_a_message_names_the_first():
     assert in_words(range(100)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 92 more"
 
 
+waiting = []  # threads of meet, of which some may wait still
+
+
 def meet(*places):
     """What meeting_point gives or raises for each place, called at the same time; None for those
     that still wait when the first has ended."""
@@ -83,6 +86,7 @@ def meet(*places):
     for thread in threads:
         thread.start()
         time.sleep(0.3)  # those that come first are at an advantage
+    waiting.extend(threads)
     threads[-1].join(60)
     return outcomes
 
@@ -91,7 +95,9 @@ def meet(*places):
 def alone(monkeypatch):
     """A place for two ranks of one machine, and starts that are over after three seconds."""
     monkeypatch.setenv("PRETRAIN_START_SECONDS", "3")
-    return Place(0, 2, "node0", "/tmp/start_b/attempt_0", "127.0.0.1", free_port())
+    yield Place(0, 2, "node0", "/tmp/start_b/attempt_0", "127.0.0.1", free_port())
+    while waiting:  # what torch writes for them is not to come in the middle of the next test
+        waiting.pop().join(30)
 
 
 def test_a_rank_of_an_earlier_start_is_not_taken_for_one_of_this(alone):
@@ -117,7 +123,8 @@ def test_a_start_that_lacks_ranks_ends_in_time_and_names_them(alone):
     assert waiting is None or "rank 2: " in waiting
 
 
-def test_without_rank_0_the_others_end_in_time(alone):
+def test_without_rank_0_the_others_end_in_time(alone, monkeypatch):
+    monkeypatch.setenv("PRETRAIN_START_SECONDS", "1")
     (outcome,) = meet(replace(alone, rank=1))
     assert "rank 1: nobody answers at 127.0.0.1:" in outcome and "is rank 0 started?" in outcome
 
@@ -134,7 +141,8 @@ def test_a_port_that_is_taken_is_one_line(alone):
 
 @pytest.mark.parametrize("address", ["nowhere.invalid", "a" * 64, "256.1.1.1", "two words"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_address_that_is_none_is_named_soon(alone, rank, address, capfd):
+def test_an_address_that_is_none_is_named_soon(alone, rank, address, monkeypatch, capfd):
+    monkeypatch.setenv("PRETRAIN_START_SECONDS", "1")
     t0 = time.monotonic()
     (outcome,) = meet(replace(alone, rank=rank, address=address))
     assert f"rank {rank}: MASTER_ADDR='{address}' is no name or address" in outcome
@@ -199,7 +207,7 @@ def write_worker(folder, when, hangs=False):
 @pytest.mark.parametrize("when", ["start", "training"])
 def test_ranks_do_not_outlive_a_torchrun_that_was_killed(tmp_path, when):
     command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", str(write_worker(tmp_path, when))]
-    agent = subprocess.Popen(
+    agent = forked.Popen(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
     )
     pids = [tmp_path / f"pid-{rank}" for rank in range(2)]

@@ -525,9 +525,6 @@ def test_a_tracker_that_fails_is_left_out_and_the_log_goes_on(tmp_path, capfd):
 def test_the_shards_of_a_text_are_made_once_by_two_ranks(text, tmp_path):
     """Under torchrun the first process builds and the other waits; both train on the same
     shards."""
-    import subprocess
-    import sys
-
     command = [
         sys.executable,
         "-m",
@@ -540,7 +537,7 @@ def test_the_shards_of_a_text_are_made_once_by_two_ranks(text, tmp_path):
         str(text),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    done = forked.run(
         command, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr

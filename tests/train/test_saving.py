@@ -1,7 +1,6 @@
 """Checkpoints that are written while training goes on."""
 
 import os
-import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -202,10 +201,11 @@ for attempt in range(21):
 def test_killed_20_times_while_saving_a_run_ends_as_if_it_had_not_been(data, tmp_path):
     changes = {"hellaswag": False, "sample_interval": 0, "eval_iters": 1, "device": "cpu"}
     changes |= {"max_iters": 12, "eval_interval": 3, "checkpoint_interval": 1, "log_interval": 9}
+    changes |= {"batch_size": 1, "gradient_accumulation_steps": 1}
     assert train_gpt2.main(flags(data, tmp_path / "whole", **changes)) == 0
     code = KILLED.format(root=str(ROOT), flags=flags(data, tmp_path / "killed", **changes))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=400)
+    forked.run([sys.executable, "-c", code], check=True, env=environment, timeout=400)
     starts = [r for r in read_log(tmp_path / "killed" / "metrics.jsonl") if r["event"] == "start"]
     assert len(starts) == 21
     for name in ("final_model.pt", "best_val_loss.pt"):
