@@ -29,6 +29,7 @@ from adapters.hf_tokenizer import save_tokenizer
 from adapters.model_card import RECORD, model_card, training_record
 from pretrain import files
 from pretrain.errors import UserError, program
+from pretrain.flags import suggestion
 from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE
 
 if TYPE_CHECKING:
@@ -230,14 +231,28 @@ def build_parser() -> argparse.ArgumentParser:
     about = ("Upload an export with a model card made from its run; a README.md in the folder"
              " takes the card's place. The access token is that of `hf auth login` or of HF_TOKEN.")
     help_of_push = "an exported folder to the hub"
-    add = commands.add_parser("push", help=help_of_push, description=about).add_argument
+    command = commands.add_parser("push", help=help_of_push, description=about)
+    add = command.add_argument
     add("out_dir", type=Path, help="the exported folder")
     add("repository", metavar="user/name",
         help="created if it does not exist; files it has are replaced")
     add("--private", action="store_true",
         help="create it private; refused where it exists and is public")
     # fmt: on
+    for command in commands.choices.values():
+        command.allow_abbrev = False
+        command.set_defaults(parser=command)
     return parser
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Ends the process where something is wrong, with how its command is used."""
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        known = [name for action in args.parser._actions for name in action.option_strings]
+        named = (f"{word}: unknown{suggestion(word.split('=')[0], known)}" for word in unknown)
+        args.parser.error("; ".join(named))
+    return args
 
 
 def run(args: argparse.Namespace) -> None:
@@ -294,7 +309,7 @@ def _is_huggingface(folder: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args = parse_args(argv)
     with program(args.command) as outcome:
         try:
             run(args)

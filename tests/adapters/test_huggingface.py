@@ -357,6 +357,23 @@ def test_help_loads_neither_torch_nor_transformers():
     assert done.stderr.strip() == "" and "--private" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["export", "--checkpoint", "a.pt", "--output", "b"], "--checkpoint: unknown; --output:"),
+        (["export", "a.pt", "b", "--overwite"], "(did you mean --overwrite?)"),
+        (["push", "a", "user/b", "--priv"], "(did you mean --private?)"),
+        (["export", "a.pt"], "required: out_dir"),
+    ],
+)
+def test_a_flag_that_is_not_there_is_answered_with_how_its_command_is_used(words, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        huggingface.main(words)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and said in message
+    assert message.startswith(f"usage: python -m adapters.huggingface {words[0]} [-h]")
+
+
 # ---- push
 
 TOKEN = "hf_" + "SecretOfTheTests" * 2
