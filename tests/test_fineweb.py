@@ -354,9 +354,7 @@ class Fork(forked.Popen):
 
 def start_and_wait(args, out: Path, shards: int, popen=subprocess.Popen) -> subprocess.Popen:
     """Start the program and return when it has written so many shards."""
-    process = popen(
-        command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     goal = count_shards(out) + shards
     while count_shards(out) < goal and process.poll() is None:
         time.sleep(0.001)
