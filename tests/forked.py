@@ -10,6 +10,7 @@ uses subprocess. Where no such fork can be (outside Linux, or with options that 
 a new interpreter starts."""
 
 import ctypes
+import functools
 import gc
 import importlib
 import inspect
@@ -246,6 +247,9 @@ def serve_below():
     theirs.close()
     handler = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
     importlib.import_module(handler).Popen = Popen
+    # It asks for the names of its callers again and again: without lines of their source, which
+    # would be looked for among two thousand modules, most of its time.
+    inspect.stack = functools.partial(inspect.stack, 0)
     _servers[read_at_start(os.environ, Popen.imports)] = ours, None
 
 

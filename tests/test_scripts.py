@@ -18,10 +18,22 @@ ROOT = Path(__file__).parent.parent
 SBATCH = sorted((ROOT / "scripts" / "slurm").glob("*.sbatch"))
 
 # One node: `srun COMMAND` runs the command; `scontrol` answers and writes down what it was asked.
+# torchrun's rank is a fork of it: torch is imported once for both.
 SRUN = '#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\nexec "$@"\n'
 SCONTROL = """#!/bin/bash
 echo "$@" >> "$SLURM_STAND_IN_LOG"
 if [ "$1" = show ]; then echo 127.0.0.1; fi
+"""
+TORCHRUN = f"""#!/bin/bash
+exec "{sys.executable}" -c '
+import sys
+sys.path.insert(0, "{Path(__file__).parent}")
+import forked
+import torch._dynamo
+del sys.path[0]
+forked.serve_below()
+forked.execute([*forked.LAUNCHER, *sys.argv[1:]])
+' "$@"
 """
 
 
@@ -30,8 +42,7 @@ def slurm(tmp_path):
     """Environment of a job on one node, in which Slurm's commands are stand-ins."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    torchrun = f'#!/bin/bash\nexec "{sys.executable}" -m torch.distributed.run "$@"\n'
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("torchrun", torchrun)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("torchrun", TORCHRUN)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     return os.environ | {

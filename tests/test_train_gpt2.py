@@ -726,6 +726,8 @@ def test_a_compiled_run_trains_alike_and_compiles_nothing_for_evaluations(
         "--hellaswag",
         "--hellaswag_data",
         items,
+        "--eval_interval",
+        "12",
         "--max_iters",
         "12",
     ]
@@ -817,7 +819,7 @@ def test_torchrun_restarts_a_killed_rank_and_two_ranks_train_as_one(data, tmp_pa
         "--dropout",
         "0.1",
         "--max_iters",
-        "20",
+        "12",
         "--dtype",
         "float32",
     ]

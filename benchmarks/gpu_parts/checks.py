@@ -41,7 +41,7 @@ def tiny(place: Place, **changes: Any) -> GPT:
     """A model that any GPU holds, always with the same weights, on the device."""
     sizes = {"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 256}
     if place.small:
-        sizes = {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16}
+        sizes = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
     torch.manual_seed(7)
     return GPT(GPTConfig(**sizes | changes)).train().to(place.device)
 

@@ -29,8 +29,8 @@ SIZES = {
     "350M": {"block_size": 1024, "n_layer": 24, "n_head": 16, "n_embd": 1024},
 }
 SMALL = {
-    "124M": {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16},
-    "350M": {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16},
+    "124M": {"block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 16},
+    "350M": {"block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16},
 }
 BATCH = {False: (16, 4), True: (2, 1)}  # by small: sequences, micro-steps; 64 x 1024 tokens
 ALL = {"residual": True, "head_rows": 16384}  # switches that need nothing that is not torch's

@@ -95,7 +95,10 @@ class Here:
         return self.hear(seconds)
 
     def close(self) -> None:
+        import torch
+
         self._session.close()
+        torch._dynamo.reset()  # with a process, what it has compiled is gone too
 
 
 class Session:

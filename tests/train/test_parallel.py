@@ -19,14 +19,15 @@ from pretrain.hardware import compiler_problem
 
 ROOT = Path(__file__).parents[2]
 ITEMS = ROOT / "tests" / "data" / "hellaswag_items.jsonl"
-SETTINGS = {"n_layer": 2, "n_embd": 16, "dropout": 0.1, "eval_interval": 2, "eval_iters": 2}
+SETTINGS = {"n_layer": 2, "n_embd": 16, "dropout": 0.1, "eval_interval": 4, "eval_iters": 2}
 SETTINGS |= {"max_iters": 8, "lr_decay_iters": 8, "device": "cpu", "compile": False}
 SCORED = {"hellaswag_data": ITEMS, "hellaswag_limit": 4, "sample_tokens": 3}
 QUIET = {"hellaswag": False, "sample_interval": 0}
-SHORT = QUIET | {"max_iters": 4, "eval_interval": 4}
+SHORT = QUIET | {"max_iters": 4}
 MUON = SHORT | {"optimizer": "muon", "n_embd": 32, "learning_rate": 0.02}
 MODERN = MUON | {"model": "modern", "n_head": 2}
-HALF = SHORT | {"dtype": "bfloat16", "dropout": 0}
+# Few tokens: a CPU takes 20 times as long for a head of 16 bits.
+HALF = SHORT | {"dtype": "bfloat16", "dropout": 0, "batch_size": 1, "block_size": 8}
 FSDP, DDP = {"parallel": "fsdp"}, {"parallel": "ddp"}
 # The folder of a run, and what differs from SETTINGS. A folder that comes again goes on.
 RUNS = [
@@ -60,14 +61,14 @@ from pretrain.train import stopping
 weight = staticmethod(stopping.FiniteGuard.loss_weight)
 infinite = staticmethod(lambda loss, steps: weight(loss * torch.inf, steps))
 whole_compiler = torch.compile
-first_stages = functools.partial(torch.compile, backend="aot_eager")
+only_graphs = functools.partial(torch.compile, backend="eager")
 statuses, graphs = [], 0
 for name, port, argv in json.loads({runs!r}):
     os.environ["MASTER_PORT"] = str(port)
     argv = [word for pattern in argv for word in (glob.glob(pattern) or [pattern])]
     is_broken = name == "not_finite" and os.environ["RANK"] == "1"
     stopping.FiniteGuard.loss_weight = infinite if is_broken else weight
-    torch.compile = first_stages if name == "graphs" else whole_compiler
+    torch.compile = only_graphs if name == "graphs" else whole_compiler
     statuses.append(train_gpt2.main(argv))
     if name == "graphs":
         graphs = counters["stats"]["unique_graphs"]
@@ -176,7 +177,7 @@ def test_scores_and_samples_are_those_of_whole_models(ran):
         for name in ("acc", "acc_norm"):
             assert mine["tasks"]["hellaswag"][name] == theirs["tasks"]["hellaswag"][name]
     texts = [[record["text"] for record in records(name, "sample")] for name in ("fsdp", "ddp")]
-    assert len(texts[0]) == 4 and texts[0] == texts[1]
+    assert len(texts[0]) == 2 and texts[0] == texts[1]
 
 
 def test_an_interrupted_sharded_run_ends_as_an_uninterrupted_one_bit_for_bit(ran):
