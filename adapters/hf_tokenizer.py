@@ -3,8 +3,7 @@
     tokenizer = build_tokenizer(1024)
     tokenizer("Hello world")["input_ids"]       # [15496, 995]
 
-It is made from tiktoken's encoding, so it needs no network where pretrain.tokens.tokenizer needs
-none.
+It is made of the tokens of pretrain.tokens.tokenizer, so it needs no network where that needs none.
 """
 
 import functools
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters import require
-from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE, load_encoding, shown_bytes
+from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE, shown_tokens, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,15 +51,10 @@ def save_tokenizer(folder: Path, block_size: int) -> None:
 def _vocabulary_and_merges() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
     """Ids and merges as GPT-2's files write them. Once for all tokenizers of a process: the merges
     take a second."""
-    encoding = load_encoding()
-    ids = {
-        encoding.decode_single_token_bytes(i): i for i in range(END_OF_TEXT)
-    }  # in the order of the ids
+    ids = {token: i for i, token in enumerate(token_bytes())}  # in the order of the ids
+    shown = list(shown_tokens())
     merges = (_last_merge(token, ids) for token in ids if len(token) > 1)
-    return (
-        {_printable(token): i for token, i in ids.items()},
-        tuple((_printable(left), _printable(right)) for left, right in merges),
-    )
+    return shown_tokens(), tuple((shown[ids[left]], shown[ids[right]]) for left, right in merges)
 
 
 def _last_merge(token: bytes, ids: dict[bytes, int]) -> tuple[bytes, bytes]:
@@ -71,10 +65,3 @@ def _last_merge(token: bytes, ids: dict[bytes, int]) -> tuple[bytes, bytes]:
         i = min(range(len(parts) - 1), key=lambda i: ids.get(parts[i] + parts[i + 1], VOCAB_SIZE))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
-
-
-_CHARACTERS = shown_bytes()
-
-
-def _printable(token: bytes) -> str:
-    return "".join(_CHARACTERS[byte] for byte in token)

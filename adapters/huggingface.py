@@ -29,7 +29,7 @@ from adapters.hf_tokenizer import save_tokenizer
 from adapters.model_card import RECORD, model_card, training_record
 from pretrain import files
 from pretrain.errors import UserError, program
-from pretrain.flags import suggestion
+from pretrain.flags import unknown_flags
 from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE
 
 if TYPE_CHECKING:
@@ -249,9 +249,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Ends the process where something is wrong, with how its command is used."""
     args, unknown = build_parser().parse_known_args(argv)
     if unknown:
-        known = [name for action in args.parser._actions for name in action.option_strings]
-        named = (f"{word}: unknown{suggestion(word.split('=')[0], known)}" for word in unknown)
-        args.parser.error("; ".join(named))
+        args.parser.error("; ".join(unknown_flags(args.parser, unknown)))
     return args
 
 

@@ -51,9 +51,7 @@ def parse(
             if kept == flags:
                 return argparse.Namespace(**defaults), set(), problems
             flags = kept
-    known = [name for action in parser._actions for name in action.option_strings]
-    for word in unknown:
-        problems.append(f"{word}: unknown{suggestion(word.split('=')[0], known)}")
+    problems += unknown_flags(parser, unknown)
     given = {name: value for name, value in vars(found).items() if value is not _UNSET}
     return argparse.Namespace(**{**defaults, **given}), set(given), problems
 
@@ -250,6 +248,12 @@ SYNONYMS = {
     }.items()
     for name in names.split()
 }
+
+
+def unknown_flags(parser: argparse.ArgumentParser, words: Iterable[str]) -> list[str]:
+    """What to say of words that a parser does not know, a line each."""
+    known = [name for action in parser._actions for name in action.option_strings]
+    return [f"{word}: unknown{suggestion(word.split('=')[0], known)}" for word in words]
 
 
 def suggestion(word: str, known: Collection[str]) -> str:

@@ -133,9 +133,9 @@ def test_two_hundred_examples_score_as_in_the_plain_loop(model):
     assert_same(result.losses, losses, result.picks)
     assert_same(result.losses_norm, losses / counts, result.picks_norm)
     labels = np.array([example.label for example in some])
-    assert result.acc == pytest.approx((losses.argmin(1) == labels).mean(), abs=2 / 200)
+    assert result.acc == pytest.approx((losses.argmin(1) == labels).mean(), abs=2 / 500)
     assert result.acc_norm == pytest.approx(
-        ((losses / counts).argmin(1) == labels).mean(), abs=2 / 200
+        ((losses / counts).argmin(1) == labels).mean(), abs=2 / 500
     )
     assert len({tuple(p) for p in np.stack([result.picks, result.picks_norm], 1).tolist()}) > 8
 

@@ -1,5 +1,5 @@
 """Every command of README and of the pages under docs/ is run, in its order, by its own words with
-a few smaller numbers behind them.
+a few smaller numbers behind them; one that compiles is not compiled.
 
 A copy of the project in a temporary folder is the working directory, and a server on the loopback
 interface the Hugging Face Hub. What needs a cluster, a container engine or an hour is not run: its

@@ -8,7 +8,6 @@ format.
 """
 
 import contextlib
-import functools
 import json
 import os
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import torch
 from pretrain import weights
 from pretrain.errors import UserError, first_line
 from pretrain.eval.arguments import DEFAULT_CHECKPOINT
-from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE, load_encoding, shown_bytes
+from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE, shown_tokens
 from pretrain.train import checkpoint as checkpoints
 
 if TYPE_CHECKING:
@@ -109,12 +108,12 @@ def _foreign_file(file: Path) -> str | None:
     else:
         content = json.loads(text)
         vocabulary = content if file.name == "vocab.json" else content["model"]["vocab"]
-        if {token: i for token, i in vocabulary.items() if i < END_OF_TEXT} != _gpt2_tokens():
+        if {token: i for token, i in vocabulary.items() if i < END_OF_TEXT} != shown_tokens():
             return f"its tokenizer ({file.name}, {len(vocabulary):,} tokens) is not GPT-2's"
         merges = [] if file.name == "vocab.json" else content["model"]["merges"]
     # Each makes the next token of two: with the same tokens in another order texts split otherwise.
     made = ["".join(each.split() if isinstance(each, str) else each) for each in merges if each]
-    if file.name != "vocab.json" and made != list(_gpt2_tokens())[256:]:
+    if file.name != "vocab.json" and made != list(shown_tokens())[256:]:
         return f"its tokenizer ({file.name}, {len(made):,} merges) is not GPT-2's"
     return None
 
@@ -129,11 +128,3 @@ def _foreign_class(config: Path) -> str | None:
         return f"its {config.name} is not that of GPT-2's tokenizer"
     is_known = name is None or str(name).startswith("GPT2Tokenizer")
     return None if is_known else f"its tokenizer ({config.name}: {str(name)[:60]}) is not GPT-2's"
-
-
-@functools.cache
-def _gpt2_tokens() -> dict[str, int]:
-    """GPT-2's tokens as vocab.json writes them."""
-    shown, encoding = shown_bytes(), load_encoding()
-    tokens = (encoding.decode_single_token_bytes(i) for i in range(END_OF_TEXT))
-    return {"".join(shown[byte] for byte in token): i for i, token in enumerate(tokens)}

@@ -22,7 +22,7 @@ from torch import Tensor
 from pretrain.distributed import Ranks
 from pretrain.eval.generation import evaluating
 from pretrain.report.console import silent
-from pretrain.tokens.tokenizer import END_OF_TEXT, TokenizerUnavailable, load_encoding
+from pretrain.tokens.tokenizer import TokenizerUnavailable, token_bytes
 from pretrain.train.data import TrainingData
 from pretrain.train.loader import BatchLoader, TokenWindows
 from pretrain.train.settings import SettingsError, TrainSettings
@@ -168,7 +168,6 @@ def count_bytes(targets: Tensor) -> float:
 def _token_bytes() -> np.ndarray | None:
     """The bytes of each token, int64 (END_OF_TEXT,)."""
     try:
-        encoding = load_encoding()
+        return np.array([len(token) for token in token_bytes()])
     except TokenizerUnavailable:
         return None
-    return np.array([len(encoding.decode_single_token_bytes(i)) for i in range(END_OF_TEXT)])

@@ -177,7 +177,7 @@ class StagedBuild:
         self.seen_tokens, self.seen_bytes = 0, 0  # of all that came: tokens, stored bytes of text
         self.next_token = manifest.tokens  # the first that is in no shard's job
         self.packing: deque[ShardJob] = deque()  # and not in the manifest, in order
-        self.last_shard: int | None = None  # its index, once it is packed
+        self.last_shard: int | None = None  # its index, once its job is made
         self.packed: dict[int, tuple[Shard, dict]] = {}  # results of those, as they come
         self.unpublished: list[Shard] = []  # in the manifest here, and not yet on the disk
         self.publish_at = 0.0
@@ -292,18 +292,18 @@ class StagedBuild:
             size = manifest.val_tokens = share_of(total, SMALL_SHARE)
         stop = min(start + size, total)
         # Whether a full shard is the last one shows when there is a token behind it.
-        if not is_last and stop + 1 > total:
+        if not is_last and stop == total:
             return None
         if index == 0:
             self.work.destination.publish(self.folder, manifest)
-        ends_all = is_last and stop == total
         # From the unit that holds the token before it to that of its last one.
         begin = 0 if start == 0 else bisect_left(self.ends, start)
         end = bisect_left(self.ends, stop) + 1
-        if ends_all:
+        if is_last and stop == total:
             self.last_shard = index
-            ends_all = not self._has_enough()  # rows left out behind it are its own
-            end = len(self.ends) if ends_all else end
+        ends_all = index == self.last_shard and not self._has_enough()
+        if ends_all:  # rows left out behind it are its own
+            end = len(self.ends)
         numbers = [self.ends[at - 1] if at else self.start for at in range(begin, end)]
         units = tuple(zip(numbers, self.units[begin:end], strict=True))
         name, ending = manifest.name, manifest.ending

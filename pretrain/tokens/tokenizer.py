@@ -141,6 +141,14 @@ def token_bytes() -> list[bytes]:
 
 
 @functools.cache
+def shown_tokens() -> dict[str, int]:
+    """Each token but END_OF_TEXT, as vocab.json writes it -> its id, in their order. Raises
+    TokenizerUnavailable."""
+    shown = shown_bytes()
+    return {"".join(shown[byte] for byte in token): i for i, token in enumerate(token_bytes())}
+
+
+@functools.cache
 def _fast_bpe(inexact: bytes, parallel: bool | None) -> FastBPE:
     """One for all tokenizers of a process: it takes 0.2 s to make, is quicker once it knows the
     words of a language, and a worker is given a tokenizer with each task. inexact: of int64."""
