@@ -55,6 +55,8 @@ RUN = [
     "2",
     "--log_interval",
     "1",
+    "--sample_tokens",
+    "4",
     "--no-hellaswag",
 ]
 ONE_RANK = ["--gradient_accumulation_steps", "2", "--dropout", "0.1"]

@@ -56,7 +56,8 @@ def tokens_of(folder, split):
 
 
 def train(data_dir, out_dir, *more, **changes):
-    return train_gpt2.main([*flags(data_dir, out_dir, hellaswag=False, **changes), *more])
+    changes = {"hellaswag": False, "sample_tokens": 4, **changes}
+    return train_gpt2.main([*flags(data_dir, out_dir, **changes), *more])
 
 
 # ---- text
