@@ -3,12 +3,11 @@
 Popen and run are those of subprocess. A command `[sys.executable, ...]` becomes a fork of a server:
 a process that has imported torch, nothing of this project, and waits. Such a fork is a child of
 whoever began it, with a pid, signals, pipes, a folder and an environment of its own, and it ends as
-an interpreter ends, but for what objects do when modules are torn down: that takes 0.4 s, most of it
-of torch's. The ranks of a torchrun that begins so are forks too, and children of that torchrun. What
-a program could see of it: modules that nobody imported, the memory that they take, limits and flags
-of the server. Where one of these, or the start itself, is the point of a test, it
-uses subprocess. Where no such fork can be (outside Linux, or with options that are not known here)
-a new interpreter starts."""
+an interpreter ends, up to where modules are torn down, which takes torch 0.4 s. The ranks of a
+torchrun that begins so are forks too, and children of that torchrun. What a program could see of
+it: modules that nobody imported, the memory that they take, limits and flags of the server. Where
+one of these, or the start itself, is the point of a test, it uses subprocess. Where no such fork
+can be (outside Linux, or with options that are not known here) a new interpreter starts."""
 
 import atexit
 import ctypes
@@ -93,6 +92,21 @@ def run(*arguments, popen=Popen, check=False, **named):
         return subprocess.run(*arguments, check=check, **named)
     finally:
         subprocess.Popen = before
+
+
+def prepared(code, words):
+    """The command that runs a script as `python WORDS` does, after some code in its process."""
+    run_it = "import runpy, sys\ndel sys.argv[0]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    return [sys.executable, "-c", f"{code}\n{run_it}", *map(str, words)]
+
+
+def closed(*numbers):
+    """Code for prepared: what Python finds where standard descriptors are closed (`>&-`)."""
+    names = [("stdin", "stdout", "stderr")[number] for number in numbers]
+    return "import os, sys\n" + "\n".join(
+        f"os.close({number})\nsys.{name} = sys.__{name}__ = None"
+        for number, name in zip(numbers, names, strict=True)
+    )
 
 
 def is_forkable(words):

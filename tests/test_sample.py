@@ -372,14 +372,12 @@ def test_a_closed_pipe_ends_it_quietly(checkpoint):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_on_a_terminal_it_asks_answers_and_ends_with_an_empty_line(checkpoint, by_hand):
-    import pty
-
     argv = [sys.executable, "sample.py", "--checkpoint", str(checkpoint), *DEFAULTS]
     argv += ["--temperature", "0", "--max_new_tokens", str(NEW)]
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(ROOT)
-        os.execve(argv[0], argv, {**os.environ, "TERM": "dumb", "PYTHONUTF8": "1"})
+    terminal, its_side = os.openpty()
+    ends = {"stdin": its_side, "stdout": its_side, "stderr": its_side, "start_new_session": True}
+    process = forked.Popen(argv, cwd=ROOT, env={**os.environ, "TERM": "dumb"}, **ends)
+    os.close(its_side)
 
     def read_until(text):
         """What the terminal shows up to this text, or, with None, up to the end."""
@@ -401,6 +399,8 @@ def test_on_a_terminal_it_asks_answers_and_ends_with_an_empty_line(checkpoint, b
         assert by_hand("The mill") + "\n\n> " in read_until(b"\n> ")
         os.write(terminal, b"\n")
         assert "Traceback" not in read_until(None)
-        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+        assert process.wait(60) == 0
     finally:
-        os.close(terminal)  # which ends the program if it still runs
+        process.kill()
+        process.wait()
+        os.close(terminal)

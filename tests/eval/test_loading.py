@@ -1,12 +1,12 @@
 """The model that a user names: whatever a path holds, and no tokenizer but GPT-2's."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -194,15 +194,11 @@ def test_a_missing_model_is_said_before_anything_is_downloaded(tmp_path, monkeyp
     assert "no.jsonl" in capsys.readouterr().err
 
 
-def script(words, cwd=ROOT, **options):
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, check=False, **options)
-
-
 def test_text_for_a_narrow_console_is_written_as_far_as_it_goes(run_folder):
     words = ["sample.py", "--checkpoint", run_folder, "--prompt", "日本 Müller", "--device", "cpu"]
-    env = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
-    done = script([*words, "--max_new_tokens", 5], env=env)
+    narrow = "import sys; sys.stdout.reconfigure(encoding='cp1252', errors='strict')"
+    command = forked.prepared(narrow, [*words, "--max_new_tokens", 5])
+    done = forked.run(command, cwd=ROOT, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.startswith("?? Müller".encode("cp1252"))
 
@@ -210,8 +206,8 @@ def test_text_for_a_narrow_console_is_written_as_far_as_it_goes(run_folder):
 def test_a_stdout_that_is_closed_costs_no_result(run_folder, tmp_path):
     results = tmp_path / "results.json"
     words = ["hellaswag.py", "--checkpoint", run_folder, "--data", ITEMS, "--device", "cpu"]
-    line = " ".join(map(str, [sys.executable, *words, "--output", results]))
-    done = subprocess.run(f"{line} >&-", shell=True, cwd=ROOT, capture_output=True, check=False)
+    command = forked.prepared(forked.closed(1), [*words, "--output", results])
+    done = forked.run(command, cwd=ROOT, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     assert json.loads(results.read_text())["n"] == 18
 
