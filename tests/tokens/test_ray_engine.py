@@ -51,8 +51,8 @@ def content(folder):
 
 
 # Parts of a head that no build needs: its autoscaler, its usage statistics, and who passes on what
-# workers print. Each is a process that imports Ray, half of what a cluster costs. A head with all of
-# them is what `fineweb.py --engine ray` starts below.
+# workers print. Each is a process that imports Ray: half of what a cluster costs. The test of
+# `fineweb.py --engine ray` starts a head with all of them.
 SPARED = ("start_monitor", "start_api_server", "start_log_monitor")
 
 
