@@ -6,6 +6,8 @@ import pytest
 
 # Tests are small: several threads would wait for each other, which keeps all cores busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# pretrain sets it on busy machines alone; forks share a server where it is equal.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_xdist_auto_num_workers():
