@@ -68,7 +68,7 @@ for name, port, argv in json.loads({runs!r}):
     argv = [word for pattern in argv for word in (glob.glob(pattern) or [pattern])]
     is_broken = name == "not_finite" and os.environ["RANK"] == "1"
     stopping.FiniteGuard.loss_weight = infinite if is_broken else weight
-    torch.compile = only_graphs if name in ("graphs", "compiled_ddp") else whole_compiler
+    torch.compile = only_graphs if name in ("graphs", "compiled_fsdp") else whole_compiler
     statuses.append(train_gpt2.main(argv))
     if name == "graphs":
         graphs = counters["stats"]["unique_graphs"]
@@ -230,8 +230,8 @@ def test_each_block_has_one_compiled_graph_and_evaluations_have_none(ran):
     compiler_problem(torch.device("cpu")) is not None, reason="torch.compile needs a C++ compiler"
 )
 def test_compiled_models_train_alike_on_two_ranks(data, tmp_path):
-    """Sharded with the whole compiler, which takes two seconds for each of a block's kernels; whole
-    models with the graphs alone: tests/models/test_modern.py compiles one, in one process. Without
+    """Whole models with the whole compiler, which takes two seconds for each of their kernels;
+    sharded ones with the graphs alone: they are gathered outside of what is compiled. Without
     dropout, which the compiler draws otherwise."""
     plain = SHORT | {"dropout": 0, "n_layer": 1}
     compiled = plain | {"compile": True}
