@@ -40,7 +40,8 @@ UNUSED = {  # options of Popen that a fork does not know, and their values when 
 }
 PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 LAUNCHER = ["-m", "torch.distributed.run"]
-_servers: dict[tuple, tuple] = {}  # (channel, process) by what of the environment is read at start
+_servers: dict[tuple, socket.socket] = {}  # by what of the environment is read at start
+_processes: list[subprocess.Popen] = []
 _asking = threading.Lock()
 
 
@@ -121,18 +122,21 @@ def is_forkable(words):
 def ask(imports, *, environment, files, **about):
     """The pid of a new child of this process, forked by the server of this environment."""
     with _asking:
-        channel, _ = server(environment, imports)
-        answer = b""
-        adopt(True)
-        try:
-            message = json.dumps(about | {"environment": environment}).encode()
-            socket.send_fds(channel, [message], files)
-            answer = channel.recv(100)
-        finally:
-            adopt(False)
-            if not answer:  # a test's time was over: the next is not to get this answer
-                channel.close()
-                del _servers[read_at_start(environment, imports)]
+        return request(environment, imports, files, about | {"environment": environment})
+
+
+def request(environment, imports, files, about):
+    channel = server(environment, imports)
+    answer = b""
+    adopt(True)
+    try:
+        socket.send_fds(channel, [json.dumps(about).encode()], files)
+        answer = channel.recv(100)
+    finally:
+        adopt(False)
+        if not answer:  # a test's time was over: the next is not to get this answer
+            channel.close()
+            del _servers[read_at_start(environment, imports)]
     if not answer:
         raise RuntimeError("the server of forks is gone")
     return int(answer)
@@ -152,27 +156,33 @@ def read_at_start(environment, imports):
 
 
 def server(environment, imports):
-    """The server for this environment, which is started where there is none."""
+    """The channel to the server of this environment, which is begun where there is none: as a new
+    process, or as a fork of the one that has imported half of what it needs."""
     key = read_at_start(environment, imports)
     if key not in _servers:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import forked"
         kept = {name: value for name, value in environment.items() if name not in READ_LATER}
         with theirs:
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    f"{code}; forked.serve_and_run({theirs.fileno()}, {imports})",
-                ],
-                env=kept,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-        _servers[key] = ours, process  # which ends when this process does, however that is
+            if imports != Popen.imports and imports[: len(Popen.imports)] == Popen.imports:
+                about = {"imports": imports[len(Popen.imports) :], "environment": kept}
+                request(environment, Popen.imports, [theirs.fileno()], about)
+            else:
+                begin_server(theirs, imports, kept)
+        _servers[key] = ours  # the server ends when this process does, however that is
     return _servers[key]
+
+
+def begin_server(channel, imports, environment):
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import forked"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; forked.serve_and_run({channel.fileno()}, {imports})"],
+        env=environment,
+        pass_fds=[channel.fileno()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _processes.append(process)  # it is not waited for, and Python need not warn
 
 
 # ---- the server and its forks
@@ -188,6 +198,10 @@ def serve_and_run(number, imports):
         finalizer.atexit = False  # torch takes apart what it registered, in every fork
     sys.path[:] = [entry for entry in sys.path if entry not in ("", str(Path(__file__).parent))]
     about = serve(socket.socket(fileno=number))
+    if "imports" in about:  # it is to be a server itself
+        os.environ.clear()
+        os.environ.update(about["environment"])
+        serve_and_run(*about["files"], about["imports"])
     become(about)
     if about["words"][: len(LAUNCHER)] == LAUNCHER:
         serve_below()
@@ -271,7 +285,7 @@ def serve_below():
     # It asks for the names of its callers again and again: without lines of their source, which
     # would be looked for among two thousand modules, most of its time.
     inspect.stack = functools.partial(inspect.stack, 0)
-    _servers[read_at_start(os.environ, Popen.imports)] = ours, None
+    _servers[read_at_start(os.environ, Popen.imports)] = ours
 
 
 def execute_and_end(words):
