@@ -7,26 +7,26 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from lazily import Lazily
 from tiny_runs import flags, initial_model, logged, plain_loop, validation_loss
 
-from adapters import accelerate_loop
 from model import GPT
 
 ROOT = Path(__file__).parents[2]
+accelerate, state = Lazily("accelerate"), Lazily("accelerate.state")
+accelerate_loop = Lazily("adapters.accelerate_loop")
 
 
 @pytest.fixture(autouse=True)
 def alone():
     """Accelerate as if no other test had configured it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
 def run(data_dir, tmp_path_factory):
     """The folder of a finished run on one process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    state.AcceleratorState._reset_state(reset_partial_state=True)
     out_dir = tmp_path_factory.mktemp("run")
     assert train(data_dir, out_dir) == 0
     return out_dir
@@ -96,10 +96,10 @@ def test_only_whole_states_are_there_and_only_the_newest_two(data_dir, tmp_path,
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Accelerator, "save_state", killed)
+    monkeypatch.setattr(accelerate.Accelerator, "save_state", killed)
     assert train(data_dir, tmp_path, max_iters=6, eval_interval=1) == 130
     monkeypatch.undo()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    state.AcceleratorState._reset_state(reset_partial_state=True)
     assert accelerate_loop.newest_state(tmp_path).name == "step-4"
     assert train(data_dir, tmp_path, max_iters=6, eval_interval=1) == 0
     assert accelerate_loop.newest_state(tmp_path).name == "step-6"

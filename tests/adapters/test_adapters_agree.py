@@ -1,16 +1,15 @@
 """The same flags give the same run in train_gpt2.py and in the three frameworks' trainers."""
 
 import pytest
-from accelerate.state import AcceleratorState
+from lazily import Lazily
 from tiny_runs import flags, logged
 
 import train_gpt2
-from adapters import accelerate_loop, hf_trainer, lightning_module
 
+state = Lazily("accelerate.state")
 TRAINERS = {
-    "hf_trainer": hf_trainer,
-    "accelerate_loop": accelerate_loop,
-    "lightning_module": lightning_module,
+    name: Lazily(f"adapters.{name}")
+    for name in ("hf_trainer", "accelerate_loop", "lightning_module")
 }
 CHANGES = {
     "max_iters": 20,
@@ -32,7 +31,7 @@ def ours(data_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_twenty_losses_are_those_of_the_training_script(name, data_dir, ours, tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)
+    state.AcceleratorState._reset_state(reset_partial_state=True)
     assert TRAINERS[name].main([*flags(data_dir, tmp_path, **CHANGES), "--cpu"]) == 0
     losses, expected = logged(tmp_path), logged(ours)
     assert list(losses) == list(range(1, 21))

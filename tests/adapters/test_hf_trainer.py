@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
+from lazily import Lazily
 from tiny_runs import flags, initial_model, logged, plain_loop, validation_loss
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from upload_hub import UploadHub
 
 import hellaswag
-from adapters import common, hf_trainer, huggingface
+from adapters import common, huggingface
 from adapters.hf_tokenizer import build_tokenizer
 from model import GPT
 from pretrain.tokens.tokenizer import END_OF_TEXT, load_encoding
 
+state, transformers = Lazily("accelerate.state"), Lazily("transformers")
+hf_trainer = Lazily("adapters.hf_trainer")
 STORIES = [
     "The river was high. " * 20,
     "A boat came down the river, and the owl saw it. " * 20,
@@ -33,7 +34,7 @@ def alone(monkeypatch, tmp_path):
     it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    AcceleratorState._reset_state(reset_partial_state=True)
+    state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,7 @@ def test_the_last_step_is_saved_even_between_evaluations(data_dir, tmp_path):
 def test_a_trained_model_goes_to_transformers_to_our_model_and_through_hellaswag(
     data_dir, run, tmp_path
 ):
-    theirs = AutoModelForCausalLM.from_pretrained(run).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run).eval()
     ours = GPT.from_pretrained(run)
     assert validation_loss(ours, data_dir) == pytest.approx(
         logged(run, "eval", "val_loss")[4], abs=1e-5
@@ -269,7 +270,7 @@ def test_a_trained_model_goes_to_transformers_to_our_model_and_through_hellaswag
     assert validation_loss(theirs, data_dir) == pytest.approx(
         validation_loss(ours, data_dir), abs=1e-5
     )
-    tokenizer = AutoTokenizer.from_pretrained(run)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run)
     assert tokenizer("naïve river")["input_ids"] == load_encoding().encode_ordinary("naïve river")
 
     items = [

@@ -10,19 +10,19 @@ import forked
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lazily import Lazily
 from tiny_runs import SIZES, flags, initial_model, logged, plain_loop, validation_loss, write_shards
 
 import hellaswag
-from adapters import huggingface, lightning_module
-from adapters.lightning_data import LLMDataModule, PositionSampler
-from adapters.lightning_module import BabyGPT
+from adapters import huggingface
 from model import GPT
 from pretrain.tokens.shards import find_shards
 from pretrain.train.loader import ShardLoader
 
 ROOT = Path(__file__).parents[2]
+lightning = Lazily("lightning.pytorch")
+lightning_data = Lazily("adapters.lightning_data")
+lightning_module = Lazily("adapters.lightning_module")
 QUIET = {
     "accelerator": "cpu",
     "logger": False,
@@ -57,16 +57,19 @@ def train(data_dir, out_dir, *more, **changes):
     return lightning_module.main([*flags(data_dir, out_dir, **changes), "--cpu", *more])
 
 
-class Record(Callback):
-    """Windows, losses and learning rates of each micro-batch."""
+def new_record():
+    """A callback that keeps windows, losses and learning rates of each micro-batch."""
 
-    def __init__(self):
-        self.windows, self.losses, self.rates = [], [], []
+    class Record(lightning.Callback):
+        def __init__(self):
+            self.windows, self.losses, self.rates = [], [], []
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.windows.append(batch["input_ids"].tolist())
-        self.losses.append(outputs["loss"].item())
-        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            self.windows.append(batch["input_ids"].tolist())
+            self.losses.append(outputs["loss"].item())
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    return Record()
 
 
 # ---- the module
@@ -80,7 +83,7 @@ def test_losses_are_those_of_a_plain_loop(data_dir, run):
 
 
 def test_matrices_decay_and_biases_and_norms_do_not():
-    module = BabyGPT(initial_model(), weight_decay=0.3, decay_steps=10)
+    module = lightning_module.BabyGPT(initial_model(), weight_decay=0.3, decay_steps=10)
     decayed, others = module.configure_optimizers()["optimizer"].param_groups
     assert {p.dim() for p in decayed["params"]} == {2} and decayed["weight_decay"] == 0.3
     assert {p.dim() for p in others["params"]} == {1} and others["weight_decay"] == 0.0
@@ -89,17 +92,17 @@ def test_matrices_decay_and_biases_and_norms_do_not():
 
 @pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_steps": 13, "max_epochs": -1}])
 def test_the_cosine_ends_with_the_last_update_however_the_run_is_limited(limit, tmp_path):
-    data = LLMDataModule(
+    data = lightning_data.LLMDataModule(
         str(write_shards(tmp_path, train_tokens=700)),
         batch_size=2,
         block_size=16,
         accumulation_steps=3,
     )
     module, record = (
-        BabyGPT(initial_model(), learning_rate=1.0, min_lr=0.0, warmup_steps=2),
-        Record(),
+        lightning_module.BabyGPT(initial_model(), learning_rate=1.0, min_lr=0.0, warmup_steps=2),
+        new_record(),
     )
-    trainer = Trainer(
+    trainer = lightning.Trainer(
         accumulate_grad_batches=3,
         callbacks=[record],
         limit_val_batches=0,
@@ -124,16 +127,19 @@ def test_the_cosine_ends_with_the_last_update_however_the_run_is_limited(limit, 
 
 
 def test_validation_loss_is_the_mean_over_all_windows_and_perplexity_is_of_that_mean(data_dir):
-    data = LLMDataModule(str(data_dir), batch_size=2, block_size=16)
-    trainer = Trainer(**QUIET)
-    (metrics,) = trainer.validate(BabyGPT(initial_model()), data, verbose=False)
+    data = lightning_data.LLMDataModule(str(data_dir), batch_size=2, block_size=16)
+    trainer = lightning.Trainer(**QUIET)
+    (metrics,) = trainer.validate(lightning_module.BabyGPT(initial_model()), data, verbose=False)
     expected = validation_loss(initial_model(), data_dir)  # five windows in batches of two
     assert metrics["val_loss"] == pytest.approx(expected, abs=1e-5)
     assert metrics["val_perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
 
 
 def test_any_causal_language_model_of_a_folder_trains_like_ours(data_dir, exported):
-    ours, theirs = BabyGPT(initial_model()), BabyGPT(str(exported))
+    ours, theirs = (
+        lightning_module.BabyGPT(initial_model()),
+        lightning_module.BabyGPT(str(exported)),
+    )
     assert theirs.model.training
     batch = next(
         iter(ShardLoader(find_shards(data_dir, "train"), batch_size=3, block_size=16).batch(0))
@@ -149,7 +155,7 @@ def test_gradient_checkpointing_recomputes_blocks_and_gives_the_same_gradients(k
     gradients, calls = [], []
     for checkpointing in (False, True):
         model = initial_model() if kind == "ours" else str(exported)
-        module = BabyGPT(model, gradient_checkpointing=checkpointing).train()
+        module = lightning_module.BabyGPT(model, gradient_checkpointing=checkpointing).train()
         mlp = module.model.transformer.h[0].mlp
         count = []
         mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
@@ -165,9 +171,11 @@ def test_gradient_checkpointing_recomputes_blocks_and_gives_the_same_gradients(k
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_reads_what_the_loader_would_give_it_through_all_epochs(rank, data_dir):
-    data = LLMDataModule(str(data_dir), batch_size=3, block_size=16, accumulation_steps=2, seed=5)
+    data = lightning_data.LLMDataModule(
+        str(data_dir), batch_size=3, block_size=16, accumulation_steps=2, seed=5
+    )
     data.setup()
-    sampler = PositionSampler(
+    sampler = lightning_data.PositionSampler(
         data.train, batch_size=3, accumulation_steps=2, rank=rank, world_size=2
     )
     loader = ShardLoader(
@@ -196,7 +204,7 @@ def test_every_rank_reads_what_the_loader_would_give_it_through_all_epochs(rank,
 def test_raw_text_is_shuffled_anew_every_epoch_and_validated_on_its_end(tmp_path):
     path = tmp_path / "story.txt"
     path.write_text(" ".join(f"The owl saw boat number {i} on the river." for i in range(60)))
-    data = LLMDataModule(text=[str(path)], batch_size=2, block_size=16)
+    data = lightning_data.LLMDataModule(text=[str(path)], batch_size=2, block_size=16)
     data.setup()
     epochs = []
     for epoch in range(2):
@@ -261,9 +269,11 @@ def test_a_run_resumed_with_ckpt_path_goes_on_as_if_it_had_not_stopped(stop, tmp
     data_dir = str(write_shards(tmp_path, train_tokens=700))  # 7 updates in an epoch
 
     def fit(max_steps, ckpt_path=None, callbacks=()):
-        record = Record()
-        data = LLMDataModule(data_dir, batch_size=2, block_size=16, accumulation_steps=3)
-        trainer = Trainer(
+        record = new_record()
+        data = lightning_data.LLMDataModule(
+            data_dir, batch_size=2, block_size=16, accumulation_steps=3
+        )
+        trainer = lightning.Trainer(
             max_epochs=2,
             max_steps=max_steps,
             accumulate_grad_batches=3,
@@ -272,11 +282,18 @@ def test_a_run_resumed_with_ckpt_path_goes_on_as_if_it_had_not_stopped(stop, tmp
             enable_checkpointing=bool(callbacks),
             **QUIET,
         )
-        trainer.fit(BabyGPT(initial_model(), decay_steps=12), data, ckpt_path=ckpt_path)
+        trainer.fit(
+            lightning_module.BabyGPT(initial_model(), decay_steps=12), data, ckpt_path=ckpt_path
+        )
         return record
 
     whole = fit(12)
-    fit(stop, callbacks=[ModelCheckpoint(tmp_path, "stopped", every_n_train_steps=stop)])
+    fit(
+        stop,
+        callbacks=[
+            lightning.callbacks.ModelCheckpoint(tmp_path, "stopped", every_n_train_steps=stop)
+        ],
+    )
     rest = fit(12, tmp_path / "stopped.ckpt")
     assert len(rest.losses) == 3 * (12 - stop)
     assert rest.windows == whole.windows[3 * stop :]
@@ -391,6 +408,6 @@ def test_mistakes_are_one_line(more, complaint, data_dir, workplace, capsys):
 
 def test_shards_and_text_are_not_mixed():
     with pytest.raises(RuntimeError, match="one of them"):
-        LLMDataModule("data", text=["input.txt"])
+        lightning_data.LLMDataModule("data", text=["input.txt"])
     with pytest.raises(RuntimeError, match="one of them"):
-        LLMDataModule()
+        lightning_data.LLMDataModule()

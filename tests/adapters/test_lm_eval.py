@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from lazily import Lazily
 
 from adapters import lm_eval as command
 from model import GPT, GPTConfig
@@ -17,11 +18,9 @@ from pretrain.tokens.tokenizer import END_OF_TEXT, load_encoding
 from pretrain.train import checkpoint as checkpoints
 
 pytest.importorskip("lm_eval")
-from lm_eval.api.instance import Instance
-from lm_eval.tasks import TaskManager
 
-from adapters.harness_model import CheckpointModel
-
+instance, tasks_module = Lazily("lm_eval.api.instance"), Lazily("lm_eval.tasks")
+harness_model = Lazily("adapters.harness_model")
 SIZES = {"block_size": 24, "n_layer": 1, "n_head": 2, "n_embd": 16}
 CONTEXTS = ["The ferry leaves", "The ferry leaves ", "", " ", "A long way " * 12 + "<|endoftext|>"]
 ENDINGS = [" at noon", " at noon today", " at noon", "é", " without a word to anybody" * 3]
@@ -58,11 +57,11 @@ def make(kind):
 def asked(kind="gpt2", **settings):
     model = make(kind)
     how = {"device": torch.device("cpu"), "dtype": torch.float32, **settings}
-    return CheckpointModel(model, **how), model
+    return harness_model.CheckpointModel(model, **how), model
 
 
 def instances(kind, arguments):
-    return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
+    return [instance.Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
 
 
 def plain_scores(model, context, ending):
@@ -252,12 +251,12 @@ def test_following_scores_every_checkpoint_once_and_ends_with_the_run(run, tasks
 @pytest.fixture
 def no_own_tasks(monkeypatch):
     """The harness without its own tasks, which take a quarter of a minute to list."""
-    make = TaskManager.__init__
+    make = tasks_module.TaskManager.__init__
 
     def without(self, **given):
         make(self, **given | {"include_defaults": False})
 
-    monkeypatch.setattr(TaskManager, "__init__", without)
+    monkeypatch.setattr(tasks_module.TaskManager, "__init__", without)
 
 
 @pytest.mark.usefixtures("no_own_tasks")

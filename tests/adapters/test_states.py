@@ -11,15 +11,20 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from lazily import Lazily
 from tiny_runs import flags, logged
-from transformers import TrainingArguments
 
-from adapters import accelerate_loop, hf_trainer, lightning_module, states
+from adapters import states
 from pretrain import files
 
 ROOT = Path(__file__).parents[2]
-TRAINERS = {"accelerate": accelerate_loop, "trainer": hf_trainer, "lightning": lightning_module}
+state, transformers = Lazily("accelerate.state"), Lazily("transformers")
+accelerate_loop = Lazily("adapters.accelerate_loop")
+TRAINERS = {
+    "accelerate": accelerate_loop,
+    "trainer": Lazily("adapters.hf_trainer"),
+    "lightning": Lazily("adapters.lightning_module"),
+}
 # A state of each trainer: the folder or file of update N, or the pattern of all.
 STATE = {"accelerate": "step-{}", "trainer": "checkpoint-{}", "lightning": "last.ckpt"}
 BOMBED = {
@@ -33,7 +38,7 @@ BOMBED = {
 def alone(monkeypatch):
     """No network, and Accelerate as if no other test had configured it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,7 @@ def finished(name, data_dir, folder):
 
 
 def train(name, data_dir, out_dir, **changes):
-    AcceleratorState._reset_state(reset_partial_state=True)
+    state.AcceleratorState._reset_state(reset_partial_state=True)
     return TRAINERS[name].main([*flags(data_dir, out_dir, **changes), "--cpu"])
 
 
@@ -239,7 +244,7 @@ def test_states_of_earlier_versions_which_do_not_name_their_run_continue(
 
 
 def test_several_gpus_in_one_process_are_refused(data_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 3))
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: 3))
     assert train("trainer", data_dir, tmp_path) == 1
     errors = lines(capsys.readouterr().err, "error:")
     assert len(errors) == 1 and "torchrun --nproc_per_node=3" in errors[0]

@@ -30,7 +30,7 @@ from pretrain.tokens.tokenizer import (
 )
 
 INEXACT = [chr(c) for c in (0x088F, 0x0C5C, 0xA7CE, 0x10940, 0x11DE0, 0x323B0, 0x33479)]
-SPACES = [chr(c) for c in scalar_values().tolist() if chr(c).isspace()]
+SPACES = [c for c in map(chr, range(sys.maxunicode + 1)) if c.isspace()]
 PIECES = [
     *SPACES,
     *INEXACT,
