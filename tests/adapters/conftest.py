@@ -1,7 +1,9 @@
 """What the tests of the adapters share."""
 
+import functools
 import gc
 import importlib
+import shutil
 
 import pytest
 from tiny_runs import write_shards
@@ -20,6 +22,30 @@ def _what_the_frameworks_bring_is_no_garbage():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_tokenizer_for_all(_what_the_frameworks_bring_is_no_garbage, tmp_path_factory):
+    """Exports and runs have GPT-2's tokenizer, the same each time: it is made once for a length,
+    and its files are copied."""
+    from adapters import hf_tokenizer, hf_trainer, huggingface, lightning_module
+
+    build, save = functools.cache(hf_tokenizer.build_tokenizer), hf_tokenizer.save_tokenizer
+
+    @functools.cache
+    def saved(block_size):
+        folder = tmp_path_factory.mktemp("tokenizer")
+        save(folder, block_size)
+        return folder
+
+    def copied(folder, block_size):
+        shutil.copytree(saved(block_size), folder, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_trainer, "build_tokenizer", build)
+        for module in (huggingface, lightning_module):
+            patch.setattr(module, "save_tokenizer", copied)
+        yield
 
 
 @pytest.fixture(scope="module")
