@@ -17,6 +17,9 @@ BIN := $(VENV)/bin
 endif
 PY := $(BIN)/python
 
+# Many processes import the same modules: what one has compiled is kept, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: quickstart setup test lint fuzz bench resolve clean
 .DEFAULT_GOAL := quickstart
 

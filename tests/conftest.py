@@ -1,7 +1,6 @@
 """What all tests share: one thread each, long ones first, and libraries that are quiet."""
 
 import os
-import sys
 
 import pytest
 
@@ -9,8 +8,6 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # pretrain sets it on busy machines alone; forks share a server where it is equal.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# threadpoolctl sets it when a framework imports it: forks before and after that share one too.
-os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "True")
 
 
 def pytest_xdist_auto_num_workers():
@@ -20,10 +17,9 @@ def pytest_xdist_auto_num_workers():
 
 def pytest_configure(config):
     """Workers read the test files, each from another one on: what one has compiled is there for
-    the others, even where the environment says that Python is to keep nothing."""
+    the others."""
     number = os.environ.get("PYTEST_XDIST_WORKER", "gw")[2:]
     if number and config.args_source == config.ArgsSource.TESTPATHS:
-        sys.dont_write_bytecode = False
         files = sorted(str(path) for path in config.rootpath.glob("tests/**/test_*.py"))
         begin = len(files) * int(number) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
         config.args = files[begin:] + files[:begin]
