@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters import require
-from pretrain.tokens.tokenizer import END_OF_TEXT, VOCAB_SIZE, shown_tokens, token_bytes
+from pretrain.tokens.tokenizer import (
+    END_OF_TEXT,
+    VOCAB_SIZE,
+    merges_file,
+    read_merges,
+    shown_tokens,
+    token_bytes,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,13 +55,21 @@ def save_tokenizer(folder: Path, block_size: int) -> None:
 
 
 @functools.cache
-def _vocabulary_and_merges() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
-    """Ids and merges as GPT-2's files write them. Once for all tokenizers of a process: the merges
-    take a second."""
-    ids = {token: i for i, token in enumerate(token_bytes())}  # in the order of the ids
+def _vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids and merges as GPT-2's files write them, once for all tokenizers of a process."""
+    try:
+        return shown_tokens(), read_merges(merges_file())
+    except (OSError, ValueError):  # tiktoken has the tokens alone
+        return shown_tokens(), merges_of(token_bytes())
+
+
+def merges_of(tokens: list[bytes]) -> list[tuple[str, str]]:
+    """The two tokens that each merge joins, as GPT-2's files write them. tokens: by their ids,
+    which are in the order of the merges. Takes a second."""
+    ids = {token: i for i, token in enumerate(tokens)}
     shown = list(shown_tokens())
-    merges = (_last_merge(token, ids) for token in ids if len(token) > 1)
-    return shown_tokens(), tuple((shown[ids[left]], shown[ids[right]]) for left, right in merges)
+    merges = (_last_merge(token, ids) for token in tokens if len(token) > 1)
+    return [(shown[ids[left]], shown[ids[right]]) for left, right in merges]
 
 
 def _last_merge(token: bytes, ids: dict[bytes, int]) -> tuple[bytes, bytes]:

