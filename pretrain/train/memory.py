@@ -4,9 +4,9 @@
     # Memory(weights=6.2e9, gradients=6.2e9, moments=12.5e9, gathered=0, activations=14.2e9, ...)
 
 Weights, gradients and moments are counted. Activations are what a forward pass leaves behind for
-backward: it is made without numbers, on fake tensors, for one and for two blocks, and the rest of
-the blocks are like the second. What the allocator adds (fragments, the libraries' own, a few
-percent to a tenth) is not in it.
+backward: it is made without numbers, on fake tensors, for two blocks, and the rest of the blocks
+are like the second. What the allocator adds (fragments, the libraries' own, a few percent to a
+tenth) is not in it.
 """
 
 import functools
@@ -149,8 +149,8 @@ def _activations(
     it anew, or all of it where activations are not kept."""
     kind: Any = own_class(model)
 
-    def kept(n_layer: int, checkpointing: bool) -> int:
-        config: Any = replace(model.config, n_layer=n_layer)
+    def kept(checkpointing: bool) -> tuple[int, int]:
+        config: Any = replace(model.config, n_layer=2)
         config_kind: Any = type(config)
         return _kept(
             kind,
@@ -163,11 +163,9 @@ def _activations(
             is_sharded=is_sharded,
         )
 
-    one, two = (kept(layers, model.gradient_checkpointing) for layers in (1, 2))
-    block = two - one
-    if model.gradient_checkpointing:
-        block = kept(2, False) - kept(1, False)
-    return one + (model.config.n_layer - 1) * (two - one) + block
+    both, each = kept(model.gradient_checkpointing)
+    again = kept(False)[1] if model.gradient_checkpointing else each
+    return both + (model.config.n_layer - 2) * each + again
 
 
 @functools.lru_cache(maxsize=64)
@@ -181,9 +179,10 @@ def _kept(
     shape: tuple[int, int],
     dtype: torch.dtype,
     is_sharded: bool,
-) -> int:
-    """Bytes that a forward pass of a new model of this kind leaves for backward. shape: of the
-    tokens. Remembered, since several runs in one process are mostly alike."""
+) -> tuple[int, int]:
+    """Bytes that a forward pass of a new model of this kind, of two blocks, leaves for backward,
+    and how many of them its second block adds. shape: of the tokens. Remembered, since several runs
+    in one process are mostly alike."""
     with torch.device("meta"):
         sample: Any = kind(config_kind(**dict(config))).train()
     sample.gradient_checkpointing = checkpointing
@@ -198,6 +197,12 @@ def _kept(
                 setattr(module, name, fake)
         tokens = torch.zeros(*shape, dtype=torch.int64, device="cpu")
         is_lower = dtype != torch.float32
-        with _Alive(sample) as alive, torch.autocast("cpu", dtype, enabled=is_lower):
+        # Copies of weights in another dtype count where backward keeps them: without a cache.
+        autocast = torch.autocast("cpu", dtype, enabled=is_lower, cache_enabled=False)
+        after: list[int] = []  # bytes, of each block
+        with _Alive(sample) as alive, autocast:
+            for block in blocks_of(sample):
+                block.register_forward_hook(lambda *_: after.append(alive.bytes))
             hidden = sample.hidden_states(tokens)
-        return alive.bytes if hidden.requires_grad else 0
+        each = after[-1] - after[-2] if len(after) > 1 else 0
+        return (alive.bytes, each) if hidden.requires_grad else (0, 0)
