@@ -23,7 +23,7 @@ SETTINGS = SIZES | {
     "warmup_iters": 1,
     "lr_decay_iters": 4,
     "eval_interval": 2,
-    "eval_iters": 9,
+    "eval_iters": 3,
     "log_interval": 1,
     "dtype": "float32",
     "seed": 3,
