@@ -23,14 +23,14 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: quickstart setup test lint fuzz bench resolve clean
 .DEFAULT_GOAL := quickstart
 
-# pip runs only when a requirements file is newer than the stamp that the last installation left.
+# pip runs only when a requirements file is newer than the stamp that the last installation left. It
+# compiles nothing: most of these files are never imported, and the others are compiled when they are.
 $(VENV)/.stages: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	@touch $@
 
-# Most of these files are never imported: compiling them all would take half a minute.
 $(VENV)/.dev: requirements-dev.txt requirements-adapters.txt requirements-ray.txt $(VENV)/.stages
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
 	@touch $@
