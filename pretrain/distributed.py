@@ -90,7 +90,11 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     depends neither on what was drawn before (a resumed run has no generator states to restore) nor
     on the number of ranks."""
     words = np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64)
-    torch.manual_seed(int(words[0]))
+    seed = int(words[0])
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # which would write down, for devices to come, who called it: half a millisecond
+        torch.default_generator.manual_seed(seed)
 
 
 def leave(status: int) -> NoReturn:

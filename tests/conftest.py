@@ -11,8 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_xdist_auto_num_workers():
-    """One more than cores: many tests wait for a process to start, to end or to give up."""
-    return (os.cpu_count() or 1) + 1
+    """Two more than cores: many tests wait for a process to start, to end or to give up."""
+    return (os.cpu_count() or 1) + 2
 
 
 def pytest_configure(config):
