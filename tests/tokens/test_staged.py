@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -95,9 +96,22 @@ def content(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".npy", ".json")}
 
 
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """No power is cut here."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+_EXPECTED = {}
+
+
 def expected(source, settings, folder, tokens):
-    build_shards(source, folder, settings, work(), expected_tokens=tokens)
-    return content(folder)
+    """What is made in one go: once for a source and settings."""
+    key = (json.dumps(source.description), settings, tokens)
+    if key not in _EXPECTED:
+        build_shards(source, folder, settings, work(), expected_tokens=tokens)
+        _EXPECTED[key] = content(folder)
+    return _EXPECTED[key]
 
 
 SETTINGS = [
