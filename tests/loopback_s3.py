@@ -30,8 +30,12 @@ KEY, SECRET = "AKIAEXAMPLEKEY", "secret/of/the+tests"
 
 class LoopbackS3:
     def __enter__(self) -> "LoopbackS3":
+        from moto import backends
         from moto.server import ThreadedMotoServer
 
+        # moto lists the folders of its package for each request, half of what that costs.
+        services = frozenset(backends.list_of_moto_modules())
+        backends.list_of_moto_modules = lambda: services
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self.moto.start()
@@ -56,6 +60,7 @@ class LoopbackS3:
         """No faults, and nothing stored."""
         self.faults()
         self._direct("POST", "/moto-api/reset")
+        self.buckets: set[str] = set()
 
     def faults(self, match="", status=503, **every) -> None:
         self.match, self.status, self.every = match, status, every
@@ -82,7 +87,9 @@ class LoopbackS3:
 
     def put(self, address: str, data: bytes) -> None:
         bucket, _, key = address.removeprefix("s3://").partition("/")
-        self._direct("PUT", f"/{bucket}")
+        if bucket not in self.buckets:
+            self._direct("PUT", f"/{bucket}")
+            self.buckets.add(bucket)
         self._direct("PUT", f"/{bucket}/{key}", data)
 
     def get(self, address: str) -> bytes:

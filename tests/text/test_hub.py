@@ -387,13 +387,14 @@ def test_documents_are_the_same_through_faults(on_hub, repos, faults):
     with LoopbackHub(repos, **faults) as hub:
         on_hub(hub)
         source = web()
-        assert texts_of(source) == TEXTS
-        assert hub.faults >= 2 or "link_uses" in faults
-        counts = [
-            b.token_counts
-            for u in plan_units(source, unit_bytes=4000)
-            for b in read_unit(source, u)
+        batches = [
+            batch
+            for unit in plan_units(source, unit_bytes=4000)
+            for batch in read_unit(source, unit)
         ]
+        assert [text for batch in batches for text in batch.texts.to_pylist()] == TEXTS
+        assert hub.faults >= 2 or "link_uses" in faults
+        counts = [batch.token_counts for batch in batches]
         assert np.concatenate(counts).tolist() == [len(text) for text in TEXTS]
 
 

@@ -188,7 +188,7 @@ def test_credentials_are_the_stores_own_and_are_never_shown(bucket, monkeypatch,
 )
 def test_documents_are_the_same_through_faults(bucket, faults):
     bucket.faults(**faults)
-    assert texts_of(source()) == TEXTS
+    assert texts_of(source(), unit_bytes=8000) == TEXTS
     assert bucket.faulty > 5
 
 

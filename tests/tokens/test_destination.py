@@ -5,10 +5,10 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 import fineweb
@@ -40,12 +40,23 @@ def run(corpus, *flags, out=OUT):
     return fineweb.main(["--source", corpus, "--out_dir", str(out), *FLAGS, *flags])
 
 
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """No power is cut here."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+_EXPECTED = {}
+
+
 @pytest.fixture
 def expected(corpus, tmp_path):
-    """What the same command writes into a folder."""
-    assert run(corpus, "--shard_name", "web", out=tmp_path / "here") == 0
-    found = {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()}
-    return {name: data for name, data in found.items() if not name.startswith(".")}
+    """What the same command writes into a folder; the corpus of all tests is the same."""
+    if not _EXPECTED:
+        assert run(corpus, "--shard_name", "web", out=tmp_path / "here") == 0
+        found = {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()}
+        _EXPECTED.update((name, data) for name, data in found.items() if name[0] != ".")
+    return dict(_EXPECTED)
 
 
 def content(s3):
@@ -161,7 +172,7 @@ def test_a_killed_build_goes_on_from_the_store_on_another_machine(s3, corpus, ex
     flags = ["--source", corpus, "--out_dir", OUT, "--shard_name", "web", *FLAGS]
     command = [sys.executable, "-c", KILLED, "2", *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, check=False)
+    done = forked.run(command, cwd=tmp_path, env=environment)
     assert done.returncode == -signal.SIGKILL
     assert len(listed(s3)) == 2
     elsewhere = tmp_path / "elsewhere"
@@ -187,7 +198,7 @@ def test_the_second_of_two_builders_stops_with_a_line(s3, corpus, expected, tmp_
             flags = ["--source", corpus, "--out_dir", OUT, "--shard_name", "web", *FLAGS]
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             command = [sys.executable, "-c", code, *flags]
-            subprocess.run(command, cwd=other, env=environment, check=True)
+            forked.run(command, cwd=other, env=environment, check=True)
 
     s3.before = before
     assert build(corpus) == 1

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from fuzzing import bounded, fuzz
@@ -404,14 +405,8 @@ def test_signals_of_terminals_and_schedulers_end_a_build_as_sigterm_does(tmp_pat
         f"raise SystemExit(fineweb.main({[str(a) for a in args[:-1]] + ['tiktoken']} "
         f"+ ['--out_dir', {str(tmp_path / 'again')!r}]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    command = [sys.executable, "-c", script]
+    done = forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 128 + number, done.stderr
     assert f"stopped by {name}; 3 finished shards" in done.stderr
 
