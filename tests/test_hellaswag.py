@@ -74,34 +74,35 @@ def plain_loop(model, example):
 
 
 def made_up(count, seed=0):
-    """Examples of all lengths from templates."""
+    """Examples of all lengths from templates, of GPT-2's first 8,192 tokens: for a plain loop the
+    logits of all 50,257 would be most of the work."""
     draw = random.Random(seed)
     people = [
-        "a baker",
+        "a man",
         "the tall girl",
-        "an old sailor",
-        "two boys",
-        "my aunt Wilhelmina",
+        "an old friend",
+        "the boys",
+        "my uncle Wilmin",
         "the postman",
     ]
     deeds = [
-        "opens the door of",
-        "walks around",
-        "paints",
-        "carefully weighs",
-        "sings to",
+        "leaves the door of",
+        "runs around",
+        "cuts",
+        "carefully turns",
+        "plays with",
         "cannot find",
     ]
     things = [
-        "a boat",
-        "the kettle",
-        "seventeen umbrellas",
+        "a ship",
+        "the table",
+        "a hundred and two books",
         "the library's only map",
-        "a sleeping cat",
+        "a dead cat",
     ]
 
     def sentence():
-        more = draw.choice(["", "", " in the rain", " before breakfast on Sunday", ", as always"])
+        more = draw.choice(["", "", " in the rain", " before work on Sunday", ", as always"])
         return f"{draw.choice(people)} {draw.choice(deeds)} {draw.choice(things)}{more}."
 
     def text(low, high):
@@ -124,8 +125,9 @@ def assert_same(values, expected, picks):
     assert (picks == expected.argmin(axis=1))[clear].all()
 
 
-def test_two_hundred_examples_score_as_in_the_plain_loop(model):
-    some = made_up(200)
+def test_two_hundred_examples_score_as_in_the_plain_loop(monkeypatch):
+    monkeypatch.setattr("pretrain.eval.scoring.VOCAB_SIZE", 8192)
+    some, model = made_up(200), sharp_gpt(vocab_size=8192)
     result = evaluate(model, some)
     losses, counts = map(
         np.array, zip(*(plain_loop(model, example) for example in some), strict=True)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -165,13 +166,18 @@ class Panel:
     """A picture while it is drawn: all runs in one axes, and the same lines as numbers."""
 
     def __init__(self, runs: list[Run]):
-        from matplotlib.figure import Figure
-
         self.runs, self.looks = runs, looks(len(runs))
-        self.axes: Axes = Figure(figsize=NARROW, layout="constrained").add_subplot()
         self.lines: list[Line] = []
         self.marks: list[tuple[str, float, bool]] = []
         self.moments: list[float] = []
+
+    @cached_property
+    def axes(self) -> "Axes":
+        """Made when something is drawn: most runs lack the numbers of some pictures, and empty axes
+        take as long as others."""
+        from matplotlib.figure import Figure
+
+        return Figure(figsize=NARROW, layout="constrained").add_subplot()
 
     @property
     def figure(self) -> "Figure":

@@ -79,7 +79,7 @@ def plots(runs: list[Run]) -> list[Plot]:
 
 
 def loss_by_steps(panel: Panel) -> str | None:
-    late_tops, axes, runs = [], panel.axes, panel.runs
+    late_tops, runs = [], panel.runs
     for i, run in enumerate(runs):
         panel.curve(i, run.steps, run.loss, smoothed=True)
         panel.evaluations(i, column(run.evals, "step"), column(run.evals, "val_loss"))
@@ -88,7 +88,7 @@ def loss_by_steps(panel: Panel) -> str | None:
         if len(late) >= 60:
             late_tops.append(late.max())
         for step in run.resumed_at if len(runs) == 1 else ():
-            axes.axvline(step, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
+            panel.axes.axvline(step, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
             panel.moments.append(step)
     if not panel.lines:
         return None
@@ -96,15 +96,15 @@ def loss_by_steps(panel: Panel) -> str | None:
     notes = [
         f"Faint: as logged; strong: median over {' or '.join(map(str, windows))} logged steps."
     ] * bool(windows)
-    low, high = axes.get_ylim()
+    low, high = panel.axes.get_ylim()
     top = max(late_tops, default=math.inf)
     top += 0.15 * (top - low)
     if top < high:
-        axes.set_ylim(low, top)
+        panel.axes.set_ylim(low, top)
         notes.append("Higher values are cut off here, not against tokens.")
     if len(runs) == 1 and runs[0].resumed_at:
         notes.append("Dotted lines: a later process took over.")
-    labels(axes, "step", "loss, nats per token")
+    labels(panel.axes, "step", "loss, nats per token")
     legend(panel, line_kinds(panel))
     return " ".join(notes)
 
@@ -160,10 +160,11 @@ def perplexity(panel: Panel) -> str | None:
 def bits_per_byte(panel: Panel) -> str | None:
     for i, run in enumerate(panel.runs):
         panel.evaluations(i, column(run.evals, "step"), column(run.evals, "bits_per_byte"))
+    if not panel.lines:
+        return None
     labels(panel.axes, "step", "bits per byte")
     legend(panel)
-    what = "Validation loss in bits, by the bytes of the text: comparable across vocabularies."
-    return what if panel.lines else None
+    return "Validation loss in bits, by the bytes of the text: comparable across vocabularies."
 
 
 def accuracy(panel: Panel) -> str | None:
@@ -179,11 +180,13 @@ def accuracy(panel: Panel) -> str | None:
 def learning_rate(panel: Panel) -> str | None:
     for i, run in enumerate(panel.runs):
         panel.curve(i, run.steps, column(run.train, "learning_rate"))
+    if not panel.lines:
+        return None
     labels(panel.axes, "step", "learning rate")
     panel.axes.set_ylim(bottom=0)
     panel.axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
     legend(panel)
-    return "" if panel.lines else None
+    return ""
 
 
 def gradient_norm(panel: Panel) -> str | None:
@@ -262,6 +265,8 @@ def _mark(panel: Panel, label: str, value: float, *, on_left: bool) -> None:
 def _rates(panel: Panel, key: str, factor: float, label: str) -> None:
     for i, run in enumerate(panel.runs):
         panel.curve(i, run.steps, factor * column(run.train, key), smoothed=True)
+    if not panel.lines:
+        return
     panel.axes.set_ylim(bottom=0)
     labels(panel.axes, "step", label, compact_y=True)
     legend(panel)

@@ -24,6 +24,8 @@ NESTED = {"tasks", "sources"}  # but for these, which hold some by name
 
 def number(value: Any) -> float:
     """A log's number; nan for what is none. The log writes nan and inf as strings."""
+    if type(value) is float and -LARGEST <= value <= LARGEST:
+        return value  # nearly all are: a report asks a million times
     if isinstance(value, str):
         return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}.get(value, math.nan)
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import forked
+import once
 import pytest
 import torch
 from lazily import Lazily
-from tiny_runs import flags, logged
+from tiny_runs import flags, logged, write_shards
 
 from adapters import states
 from pretrain import files
@@ -42,14 +43,30 @@ def alone(monkeypatch):
 
 
 @pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """The shards of the runs, which continue with the same."""
+    return once.folder(tmp_path_factory, "states-data", write_shards)
+
+
+@pytest.fixture(scope="module")
 def runs(data_dir, tmp_path_factory):
-    """{trainer: (folder of a run of four updates, with the states of updates 2 and 4)}."""
-    return {name: finished(name, data_dir, tmp_path_factory.mktemp(name)) for name in TRAINERS}
+    """{trainer: folder of a run of four updates, with the states of updates 2 and 4}."""
+    return Finished(data_dir, tmp_path_factory)
 
 
-def finished(name, data_dir, folder):
-    assert train(name, data_dir, folder) == 0
-    return folder
+class Finished(dict):
+    """Runs that are trained when the first test asks for them; nobody writes to them."""
+
+    def __init__(self, data_dir, tmp_path_factory):
+        super().__init__()
+        self.data_dir, self.factory = data_dir, tmp_path_factory
+
+    def __missing__(self, name):
+        self[name] = once.folder(self.factory, f"states-{name}", lambda out: self.train(name, out))
+        return self[name]
+
+    def train(self, name, folder):
+        assert train(name, self.data_dir, folder) == 0
 
 
 def train(name, data_dir, out_dir, **changes):

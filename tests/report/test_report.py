@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import once
 import pytest
 from PIL import Image
 
@@ -23,6 +24,7 @@ from pretrain.report.runs import Run
 
 ROOT = Path(__file__).parents[2]
 T0 = 1_700_000_000.0  # seconds since 1970
+FULL_RUN = "<img src=x onerror=alert(1)>"  # the name of a folder
 
 
 def healthy_run(points=200, *, interval=10, noise=0.05, seed=0, evals=10):
@@ -78,6 +80,10 @@ def write_run(folder, records, **config):
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory):
     """A run with everything in it, HTML in every text among it, and its page."""
+    return once.folder(tmp_path_factory, "full-run", write_full_run) / FULL_RUN
+
+
+def write_full_run(runs):
     records = healthy_run()
     for i, record in enumerate(of(records, "eval")):
         record["hellaswag"] = {
@@ -91,12 +97,11 @@ def full_run(tmp_path_factory):
             {"event": "sample", "step": record["step"], "prompt": "Once &", "text": text}
         )
     records.append({"event": "stop", "time": T0 + 300, "step": 2000, "reason": "finished"})
-    folder = tmp_path_factory.mktemp("runs") / "<img src=x onerror=alert(1)>"
+    folder = runs / FULL_RUN
     write_run(
         folder, records, flags={"data_dir": "<b>data</b>", "max_iters": 2000, "grad_clip": 1.0}
     )
     assert report.main([str(folder)]) == 0
-    return folder
 
 
 class Elements(HTMLParser):
@@ -310,7 +315,7 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path, records):
 
 
 def test_unknown_events_fields_and_broken_values_are_passed_over(tmp_path):
-    records = healthy_run(60)
+    records = only(healthy_run(60), "learning_rate", "grad_norm", "tokens")
     records[5:5] = [
         {"event": "weather", "step": "many", "sun": [1, 2]},
         {"event": "train"},

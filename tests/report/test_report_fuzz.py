@@ -1,6 +1,7 @@
 """The report of logs that no program of ours wrote: a valid page or a RunError, soon."""
 
 import contextlib
+import dataclasses
 import json
 
 import pytest
@@ -89,7 +90,7 @@ def test_any_log_and_any_config_give_a_valid_page_soon(tmp_path_factory, odd, mo
     (folder / "config.json").write_text(json.dumps(config))
     with bounded():
         run = Run.load(folder)
-        other = Run.load(folder)
+        other = dataclasses.replace(run)
         found = [(run, finding) for finding in find(run)]
         key_figures(run)
         for runs in ([run], [run, other]):
