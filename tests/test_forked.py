@@ -28,6 +28,25 @@ def test_a_fork_and_a_new_interpreter_tell_the_same(tmp_path):
     assert mine.stderr == theirs.stderr == "warned\n"
 
 
+@pytest.mark.parametrize(
+    "last", ["sys.exit(7)", "sys.exit('a message')", "sys.exit()", "raise KeyError('odd')", ""]
+)
+def test_a_fork_ends_as_an_interpreter_ends(last):
+    """After its threads and what it registered, with what it printed and its status."""
+    code = (
+        "import atexit, sys, threading, time\n"
+        "atexit.register(lambda: print('at the end', flush=False))\n"
+        "threading.Thread(target=lambda: (time.sleep(0.2), print('a thread'))).start()\n"
+        f"{last}\n"
+    )
+    command = [sys.executable, "-c", code]
+    mine = forked.run(command, capture_output=True, text=True)
+    theirs = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert mine.returncode == theirs.returncode
+    assert mine.stdout == theirs.stdout == "a thread\nat the end\n"
+    assert mine.stderr.splitlines()[-1:] == theirs.stderr.splitlines()[-1:]
+
+
 @pytest.mark.parametrize("kind", ["a script", "a module"])
 def test_scripts_and_modules_find_what_lies_beside_them(kind, tmp_path):
     (tmp_path / "beside.py").write_text("VALUE = 5\n")
