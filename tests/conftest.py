@@ -1,6 +1,7 @@
 """What all tests share: one thread each, long ones first, and libraries that are quiet."""
 
 import os
+import signal
 
 import pytest
 
@@ -8,6 +9,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # pretrain sets it on busy machines alone; forks share a server where it is equal.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A shell has its background jobs ignore Ctrl-C, and with them all processes that tests begin.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers():
