@@ -60,10 +60,10 @@ def _vocabulary_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
     try:
         return shown_tokens(), read_merges(merges_file())
     except (OSError, ValueError):  # tiktoken has the tokens alone
-        return shown_tokens(), merges_of(token_bytes())
+        return shown_tokens(), _merges_of(token_bytes())
 
 
-def merges_of(tokens: list[bytes]) -> list[tuple[str, str]]:
+def _merges_of(tokens: list[bytes]) -> list[tuple[str, str]]:
     """The two tokens that each merge joins, as GPT-2's files write them. tokens: by their ids,
     which are in the order of the merges. Takes a second."""
     ids = {token: i for i, token in enumerate(tokens)}

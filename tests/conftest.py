@@ -7,8 +7,6 @@ import pytest
 
 # Tests are small: several threads would wait for each other, which keeps all cores busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# pretrain sets it on busy machines alone; forks share a server where it is equal.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A shell has its background jobs ignore Ctrl-C, and with them all processes that tests begin.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -46,6 +44,13 @@ def _quiet_libraries():
         del os.environ["HF_HUB_DISABLE_TELEMETRY"]
     else:
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = before
+
+
+@pytest.fixture
+def no_fsync(monkeypatch):
+    """For files whose tests build hundreds of shards: nothing cuts this process off. Programs
+    started apart have theirs."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="session")

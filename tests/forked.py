@@ -33,9 +33,10 @@ READ_AT_START = ("OMP_", "MKL_", "KMP_", "OPENBLAS_", "CUDA_", "PYTORCH_", "TORC
 READ_AT_START += ("PYTHON", "LD_", "MALLOC_", "LC_", "LANG")
 READ_BY_ADAPTERS = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "ACCELERATE_", "HOME", "XDG_")
 READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
-# What libraries set when a test imports them; a program that imports them sets it itself.
-SET_BY_LIBRARIES = ("KMP_DUPLICATE_LIB_OK", "PYTORCH_NVML_BASED_CUDA_CHECK", "PYTHONBREAKPOINT")
-SET_BY_LIBRARIES += ("HF_XET_HIGH_PERFORMANCE",)
+# What pretrain (on a busy machine) and libraries set when a test imports them; a program that
+# imports them sets it itself.
+SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "PYTORCH_NVML_BASED_CUDA_CHECK", "PYTHONBREAKPOINT")
+SET_BY_IMPORTS += ("HF_XET_HIGH_PERFORMANCE", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 UNUSED = {  # options of Popen that a fork does not know, and their values when nobody gives them
     **{"preexec_fn": None, "pass_fds": (), "executable": None, "shell": False, "close_fds": True},
     **{"startupinfo": None, "creationflags": 0, "restore_signals": True, "process_group": -1},
@@ -157,7 +158,7 @@ def adopt(whether):
 def read_at_start(environment, imports):
     """What tells servers apart."""
     prefixes = READ_AT_START if imports == Popen.imports else (*READ_AT_START, *READ_BY_ADAPTERS)
-    apart = (*READ_LATER, *SET_BY_LIBRARIES)
+    apart = (*READ_LATER, *SET_BY_IMPORTS)
     names = [name for name in environment if name.startswith(prefixes) and name not in apart]
     return imports, *((name, environment[name]) for name in sorted(names))
 

@@ -1,9 +1,10 @@
 """What takes seconds to make and is only read: made once for all workers of a run of the tests."""
 
-import fcntl
 import os
 import shutil
 from pathlib import Path
+
+from filelock import FileLock
 
 
 def folder(tmp_path_factory, name, make):
@@ -13,8 +14,7 @@ def folder(tmp_path_factory, name, make):
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
     made, done = base / name, base / f"{name}.done"
-    with open(base / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(base / f"{name}.lock"):
         if not done.exists():
             shutil.rmtree(made, ignore_errors=True)  # half of one, where making it failed
             made.mkdir()

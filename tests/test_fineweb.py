@@ -168,11 +168,7 @@ def work(**options) -> Work:
     return Work(tokenizer(), **options)
 
 
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    """Nothing cuts this process off, and hundreds of them are slow. Programs started apart have
-    theirs."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 # ---- the program

@@ -40,10 +40,7 @@ def run(corpus, *flags, out=OUT):
     return fineweb.main(["--source", corpus, "--out_dir", str(out), *FLAGS, *flags])
 
 
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    """No power is cut here."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 _EXPECTED = {}

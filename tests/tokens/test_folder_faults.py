@@ -28,9 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 LINES = [json.dumps({"text": f"{i} wheels turn {i * i} times by the river"}) for i in range(300)]
 
 
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def main(*args) -> int:

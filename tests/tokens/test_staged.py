@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 import shutil
 import signal
@@ -96,10 +95,7 @@ def content(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".npy", ".json")}
 
 
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    """No power is cut here."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 _EXPECTED = {}

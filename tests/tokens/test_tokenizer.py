@@ -7,7 +7,6 @@ import multiprocessing
 import pickle
 import re
 import sys
-import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -31,7 +30,7 @@ from pretrain.tokens.tokenizer import (
 )
 
 INEXACT = [chr(c) for c in (0x088F, 0x0C5C, 0xA7CE, 0x10940, 0x11DE0, 0x323B0, 0x33479)]
-SPACES = [c for c in map(chr, range(sys.maxunicode + 1)) if c.isspace()]
+SPACES = [chr(c) for c in scalar_values().tolist() if chr(c).isspace()]
 PIECES = [
     *SPACES,
     *INEXACT,
@@ -178,15 +177,15 @@ def test_with_neither_file_nor_network_one_error_says_the_ways_out(no_file):
     assert "\n" not in str(caught.value)
 
 
-def test_an_altered_file_is_never_used(no_file, monkeypatch, published):
+def test_an_altered_file_is_never_used(no_file, monkeypatch):
     altered = no_file / "vocab.bpe"
     altered.write_bytes(MERGES.read_bytes()[:-1] + b" ")
     with pytest.raises(ValueError, match=r"vocab.bpe is not the original"):
         tokenizer.read_ranks(altered)
     with pytest.raises(TokenizerUnavailable, match=r"vocab.bpe is not the original"):
         load_encoding.__wrapped__()
-    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {"gpt2": published})  # what tiktoken has
-    assert load_encoding.__wrapped__() is published
+    monkeypatch.setattr("tiktoken.load.read_file", serve)
+    assert load_encoding.__wrapped__().encode_ordinary(" hello") == [23748]
 
 
 # The backends
@@ -241,7 +240,7 @@ def test_threads_may_share_a_tokenizer(parallel, max_cache_bytes, monkeypatch, p
         fast_bpe, "MAX_CACHE_BYTES", max_cache_bytes
     )  # 0: its cache is dropped all the time
     tok = Tokenizer("gigatoken", check_every=2, parallel=parallel)
-    batches = [[piece * i for piece in PIECES] for i in range(8)]
+    batches = [[piece * i for piece in PIECES] for i in range(12)]
     with ThreadPoolExecutor(4) as pool:
         encoded = list(
             pool.map(lambda texts: tok.encode_documents(pa.array(texts))[0].tolist(), batches)
@@ -253,19 +252,8 @@ def test_threads_may_share_a_tokenizer(parallel, max_cache_bytes, monkeypatch, p
 
 
 def test_every_code_point_in_the_contexts_that_show_its_class(fast, published):
-    """Four fifths of Unicode are ranges that nobody assigns, and private use: nothing tells their
-    code points apart, so that every 61st of them stands for the others."""
-    values = scalar_values()
-    assert len(values) == 1_112_064
-    alike = ((values > 0x34000) & (values < 0xE0000)) | (values > 0xE1000)
-    offset_in_plane = values & 0xFFFF
-    is_border = (offset_in_plane < 0x100) | (offset_in_plane >= 0xFF00)
-    chosen = values[~alike | is_border | (values % 61 == 0)].tolist()
-    assert {unicodedata.category(chr(c)) for c in set(values.tolist()) - set(chosen)} == {
-        "Cn",
-        "Co",
-    }
-    characters = [chr(c) for c in chosen]
+    characters = [chr(c) for c in scalar_values().tolist()]
+    assert len(characters) == 1_112_064
     context = "{0}'s{0}{0} a{0}b 1{0}2 .{0}!\n"
     blocks = [characters[i : i + 512] for i in range(0, len(characters), 512)]
     texts = ["".join(context.replace("{0}", c) for c in block) for block in blocks]
@@ -281,7 +269,7 @@ def test_every_code_point_in_the_contexts_that_show_its_class(fast, published):
 # Texts of all kinds
 
 some_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=3)
-document = st.lists(st.sampled_from(PIECES) | some_text, max_size=25).map("".join)
+document = st.lists(st.sampled_from(PIECES) | some_text, max_size=40).map("".join)
 
 
 @given(st.lists(document, max_size=5))
@@ -334,16 +322,16 @@ def test_a_run_of_a_hundred_thousand(unit, fast, published):
 
 @pytest.mark.parametrize("backend", ["gigatoken", "tiktoken"])
 def test_white_space_that_tiktoken_alone_panics_on_is_encoded_by_the_rule(backend):
-    spaces, others = 1_200_000, 3 * tokenizer.MAX_WHITE_SPACE
+    spaces = 1_200_000
     tok = Tokenizer(backend, check_every=1)
-    texts = [" " * spaces + "the end", "\n" * others + "x\n" + "\t" * others + "y"]
+    texts = [" " * spaces + "the end", "\n" * spaces + "x\n" + "\t" * spaces + "y"]
     tokens, _ = tok.encode_documents(pa.array(texts))
     # All but the last character of the run are a piece; a last space joins the word, another stands
     # alone.
-    newlines = [628] * ((others - 1) // 2) + [198] * ((others - 1) % 2)
+    newlines = [628] * ((spaces - 1) // 2) + [198] * ((spaces - 1) % 2)
     assert tokens.tolist() == [
         *[50256, *[220] * (spaces - 1), 262, 886],
-        *[50256, *newlines, 198, 87, 198, *[197] * (others - 1), 197, 88],
+        *[50256, *newlines, 198, 87, 198, *[197] * (spaces - 1), 197, 88],
     ]
 
 
